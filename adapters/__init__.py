@@ -1,0 +1,1 @@
+"""What is stored: blends, deltas, modules, backbones, banks. Tensors and files; no model is run."""

@@ -1,0 +1,132 @@
+"""Backbone: the shared model, a Hugging Face checkpoint folder or hub id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .digest import file_digest, json_digest
+from .errors import BackboneError
+
+CHECKPOINT_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+"""Files of a checkpoint folder that are read, copied and digested. Pickles are not among them."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A checkpoint on the local disk.
+
+    path: folder with config.json, safetensors weights and tokenizer files.
+    name: what the `model` field of a request may call it.
+    digest: content digest of the checkpoint's files.
+    """
+
+    path: Path
+    name: str
+    digest: str
+
+    @classmethod
+    def open(cls, source: str | Path, *, name: str | None = None) -> Backbone:
+        """Open a checkpoint folder, or fetch a hub id into the hub's cache.
+
+        name: default is the last part of the folder or hub id.
+
+        Raises:
+            BackboneError: there is no such folder or hub id, or it holds no safetensors weights.
+        """
+        path = locate(source)
+        return cls(path=path, name=name or _last_part(source, path), digest=_digest(path))
+
+    @cached_property
+    def layers(self) -> Mapping[str, tuple[int, int]]:
+        """The linear layers a module may change: name to (out, in); see `linear_layers`."""
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.path)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+        except (ValueError, KeyError, OSError, AttributeError) as error:
+            raise BackboneError(f"{self.path} is no causal language model: {error}") from error
+        return linear_layers(model)
+
+
+def linear_layers(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 - transformers is untyped
+    """Linear layers of a causal language model by name, (out, in) each, the head left out.
+
+    GPT-2's Conv1D counts: it stores its weight transposed, its deltas have the same shape as ever.
+    """
+    head = model.get_output_embeddings()
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in model.named_modules():
+        if layer is head:
+            continue
+        if isinstance(layer, nn.Linear):
+            shapes[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, Conv1D):
+            shapes[name] = (layer.weight.shape[1], layer.weight.shape[0])
+    return shapes
+
+
+def locate(source: str | Path) -> Path:
+    """The local folder of a checkpoint, fetched from the hub when `source` is a hub id.
+
+    Raises:
+        BackboneError: neither a folder with a checkpoint nor a hub id that can be fetched.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+        path = _fetch(str(source))
+    if not path.is_dir():
+        raise BackboneError(f"{source} is neither a folder nor a hub id (owner/name)")
+    if not (path / "config.json").is_file():
+        raise BackboneError(f"{path} holds no config.json: name a Hugging Face checkpoint folder")
+    if not any(path.glob("*.safetensors")):
+        raise BackboneError(
+            f"{path} holds no *.safetensors: convert it with save_pretrained(); "
+            "pickled weights are never opened"
+        )
+    return path.resolve()
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files of a checkpoint folder that count, sorted by name."""
+    return sorted(
+        {file for pattern in CHECKPOINT_PATTERNS for file in path.glob(pattern) if file.is_file()}
+    )
+
+
+def digest_of_files(files: Mapping[str, str]) -> str:
+    """A checkpoint's digest from the digests of its files, by file name."""
+    return json_digest(dict(files))
+
+
+def _digest(path: Path) -> str:
+    return digest_of_files({file.name: file_digest(file) for file in checkpoint_files(path)})
+
+
+def _last_part(source: str | Path, path: Path) -> str:
+    is_hub_id = not Path(source).expanduser().exists()
+    return str(source).rsplit("/", 1)[-1] if is_hub_id else path.name
+
+
+def _fetch(hub_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(hub_id, allow_patterns=list(CHECKPOINT_PATTERNS))
+        )
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"{hub_id} is not a local folder and could not be fetched from the hub: {error}"
+        ) from error

@@ -1,0 +1,382 @@
+"""Bank: what is saved, versioned and served: a backbone, modules and a router in one folder.
+
+manifest.json            written last; a folder without it is no bank
+backbone/                a Hugging Face checkpoint (absent when the manifest refers to one)
+modules/<name>/          a PEFT LoRA folder each
+router/                  what mergeroute.routers wrote
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from .backbone import Backbone, checkpoint_files, digest_of_files
+from .digest import file_digest, json_digest
+from .errors import BankError
+from .lora import CONFIG_FILE, WEIGHTS_FILE, Module
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+RESERVED_NAMES = ("auto", "none", "backbone", "base", "blend")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Progress = Callable[[str], None]
+"""Told the name of each file once it is read."""
+
+
+def check_name(name: str) -> str:
+    """A name of a bank or module that requests can use.
+
+    Raises:
+        ValueError: other characters than letters, digits, `.`, `_`, `-`, or a reserved word.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"name {name!r} is not allowed: 1 to 64 letters, digits, '.', '_' or '-', "
+            "beginning with a letter or digit"
+        )
+    if name in RESERVED_NAMES:
+        raise ValueError(f"name {name!r} is reserved: choose another ({', '.join(RESERVED_NAMES)})")
+    return name
+
+
+def _check_path(path: str) -> str:
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
+        raise ValueError(f"path {path!r} leads out of the bank: relative, without '..'")
+    return path
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneEntry(_Strict):
+    """Where the backbone is: inside the bank, or a folder or hub id outside."""
+
+    name: str = Field(description="what requests call it")
+    folder: Annotated[str, AfterValidator(_check_path)] | None = Field(
+        None, description="folder inside the bank"
+    )
+    reference: str | None = Field(None, description="folder or hub id outside the bank")
+    digest: str = Field(description="content digest of the checkpoint")
+
+
+class ModuleEntry(_Strict):
+    """One module of a bank."""
+
+    name: Annotated[str, AfterValidator(check_name)] = Field(description="what requests call it")
+    folder: Annotated[str, AfterValidator(_check_path)] = Field(description="its PEFT folder")
+    description: str = Field("", description="what it is for, one sentence")
+    samples: tuple[str, ...] = Field((), description="prompts it is for")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="how it came about")
+
+
+class FileEntry(_Strict):
+    """Size and digest of one file."""
+
+    bytes: int = Field(ge=0, description="size")
+    digest: str = Field(description="sha256 of its bytes")
+
+
+class Manifest(_Strict):
+    """The bank's table of contents. Its own digest names the bank."""
+
+    format: Literal["mergeroute-bank"] = Field("mergeroute-bank", description="what this file is")
+    version: int = Field(FORMAT_VERSION, description="format version")
+    name: Annotated[str, AfterValidator(check_name)] = Field(description="what requests call it")
+    backbone: BackboneEntry
+    modules: tuple[ModuleEntry, ...] = Field(description="in the router's order")
+    router: Annotated[str, AfterValidator(_check_path)] | None = Field(
+        None, description="folder of the router"
+    )
+    files: dict[Annotated[str, AfterValidator(_check_path)], FileEntry] = Field(
+        description="every file of the bank but this one"
+    )
+
+    @property
+    def digest(self) -> str:
+        """The bank's content digest."""
+        return json_digest(self.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class BankModule:
+    """A module of a bank: where it is and what it is for."""
+
+    name: str
+    path: Path
+    description: str = ""
+    samples: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """An opened bank. Tensors are read when a module is loaded."""
+
+    name: str
+    digest: str
+    backbone: Backbone
+    modules: tuple[BankModule, ...]
+    router_path: Path | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, verify: bool = True, progress: Progress | None = None
+    ) -> Bank:
+        """Open a bank folder and check every file against its digest.
+
+        verify: False checks sizes only.
+
+        Raises:
+            BankError: no bank, a newer format, or a file that is missing, truncated or changed.
+            BackboneError: the manifest refers to a backbone that is not there.
+        """
+        folder = Path(path).expanduser()
+        manifest = _read_manifest(folder)
+        for name, entry in manifest.files.items():
+            _check_file(folder, name, entry, verify=verify)
+            if progress:
+                progress(name)
+        return cls(
+            name=manifest.name,
+            digest=manifest.digest,
+            backbone=_open_backbone(folder, manifest),
+            modules=tuple(_open_module(folder, manifest, entry) for entry in manifest.modules),
+            router_path=folder / manifest.router if manifest.router else None,
+        )
+
+    @classmethod
+    def adhoc(cls, name: str, backbone: Backbone, modules: Sequence[BankModule]) -> Bank:
+        """A bank that is nowhere on disk: a backbone and LoRA folders as they stand, no router.
+
+        Raises:
+            BankError: a name is not allowed or given twice, or a folder is incomplete.
+        """
+        _check_names([name, *(module.name for module in modules)])
+        digests = {module.name: _module_digests(module) for module in modules}
+        digest = json_digest({"name": name, "backbone": backbone.digest, "modules": digests})
+        return cls(name=name, digest=digest, backbone=backbone, modules=tuple(modules))
+
+    def load(self, module: BankModule) -> Module:
+        """Read one module's tensors.
+
+        Raises:
+            ModuleError: it cannot be served on this backbone.
+        """
+        return Module.load(module.path, name=module.name, layers=self.backbone.layers)
+
+
+def write_bank(
+    path: str | Path,
+    *,
+    name: str,
+    backbone: Backbone,
+    modules: Sequence[BankModule],
+    write_router: Callable[[Path], None] | None = None,
+    embed_backbone: bool = True,
+    force: bool = False,
+) -> Bank:
+    """Write a bank beside its final place and rename it there, so that no half bank is ever seen.
+
+    write_router: writes the router's files into the folder it is given.
+    embed_backbone: False refers to the backbone's path instead of copying it.
+    force: replace what stands at `path`.
+
+    Raises:
+        BankError: `path` exists, a name is not allowed, or a module folder is incomplete.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and not force:
+        raise BankError(f"{target} exists: choose another folder or force the replacement")
+    _check_names([name, *(module.name for module in modules)])
+    with _staging(target) as folder:
+        if embed_backbone:
+            _copy_files(checkpoint_files(backbone.path), folder / "backbone")
+        for module in modules:
+            _copy_files(_module_files(module), folder / "modules" / module.name)
+        if write_router:
+            (folder / "router").mkdir()
+            write_router(folder / "router")
+        manifest = Manifest(
+            name=name,
+            backbone=BackboneEntry(
+                name=backbone.name,
+                folder="backbone" if embed_backbone else None,
+                reference=None if embed_backbone else str(backbone.path),
+                digest=backbone.digest,
+            ),
+            modules=tuple(_entry(module) for module in modules),
+            router="router" if write_router else None,
+            files=_file_entries(folder),
+        )
+        document = manifest.model_dump(mode="json")
+        (folder / MANIFEST).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    return Bank.open(target)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BankError(f"{folder} is no bank: it holds no {MANIFEST}")
+    try:
+        document = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise BankError(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != "mergeroute-bank":
+        raise BankError(
+            f"{path} is not the manifest of a bank: format 'mergeroute-bank' is missing"
+        )
+    version = document.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise BankError(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            "upgrade mergeroute"
+        )
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BankError(f"{path} is damaged at {where!r}: {first['msg']}") from error
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry, *, verify: bool) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise BankError(f"{path} is missing: the bank is incomplete, copy it again")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BankError(f"{path} is a link out of the bank, which is not allowed: copy the file in")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise BankError(
+            f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is truncated or "
+            "changed, copy the bank again"
+        )
+    if verify and (digest := file_digest(path)) != entry.digest:
+        raise BankError(
+            f"{path} has digest {digest}, the manifest says {entry.digest}: it is corrupt or was "
+            "changed, copy the bank again"
+        )
+
+
+def _open_backbone(folder: Path, manifest: Manifest) -> Backbone:
+    entry = manifest.backbone
+    if entry.folder is None:
+        if entry.reference is None:
+            raise BankError(f"{folder / MANIFEST} names neither a backbone folder nor a reference")
+        backbone = Backbone.open(_outside(folder, entry.reference), name=entry.name)
+        if backbone.digest != entry.digest:
+            raise BankError(
+                f"the backbone {entry.reference} has digest {backbone.digest}, the bank was built "
+                f"on {entry.digest}: put the same checkpoint there"
+            )
+        return backbone
+    prefix = entry.folder.rstrip("/") + "/"
+    files = {n.removeprefix(prefix): f for n, f in manifest.files.items() if n.startswith(prefix)}
+    if "config.json" not in files:
+        raise BankError(f"{folder / entry.folder} holds no config.json: the bank is incomplete")
+    digest = digest_of_files({name: file.digest for name, file in files.items()})
+    if digest != entry.digest:
+        raise BankError(
+            f"{folder / entry.folder} has digest {digest}, the manifest says {entry.digest}"
+        )
+    return Backbone(path=(folder / entry.folder).resolve(), name=entry.name, digest=digest)
+
+
+def _open_module(folder: Path, manifest: Manifest, entry: ModuleEntry) -> BankModule:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if f"{entry.folder}/{name}" not in manifest.files:
+            raise BankError(f"module {entry.name!r} of {folder} lacks {name} in the manifest")
+    return BankModule(
+        name=entry.name,
+        path=folder / entry.folder,
+        description=entry.description,
+        samples=entry.samples,
+        provenance=entry.provenance,
+    )
+
+
+def _outside(folder: Path, reference: str) -> str:
+    relative = folder / reference
+    return str(relative) if relative.is_dir() else reference
+
+
+def _entry(module: BankModule) -> ModuleEntry:
+    return ModuleEntry(
+        name=module.name,
+        folder=f"modules/{module.name}",
+        description=module.description,
+        samples=module.samples,
+        provenance=module.provenance,
+    )
+
+
+def _file_entries(folder: Path) -> dict[str, FileEntry]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(
+            bytes=path.stat().st_size, digest=file_digest(path)
+        )
+        for path in files
+    }
+
+
+def _module_files(module: BankModule) -> list[Path]:
+    files = [module.path / CONFIG_FILE, module.path / WEIGHTS_FILE]
+    for file in files:
+        if not file.is_file():
+            raise BankError(f"module {module.name!r}: {file} is missing: name a PEFT LoRA folder")
+    return files
+
+
+def _module_digests(module: BankModule) -> list[str]:
+    return [file_digest(file) for file in _module_files(module)]
+
+
+def _copy_files(files: Sequence[Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    try:
+        for name in names:
+            check_name(name)
+    except ValueError as error:
+        raise BankError(str(error)) from error
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise BankError(f"the name {min(twice)!r} is given twice: bank and modules share one space")
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.rename(target, old / target.name)
+            os.rename(folder, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

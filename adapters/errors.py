@@ -1,0 +1,82 @@
+"""Every error a caller may want to catch.
+
+MergerouteError
+├── BlendError              weights or names that make no blend
+├── BackboneError           a folder that is no usable checkpoint
+├── ModuleError             a LoRA folder that cannot be served as it stands
+├── BankError               a bank that is missing, corrupt, truncated or of a newer format
+├── RouterError             a router that cannot be read, fitted or run (mergeroute.routers)
+├── UnknownTargetError      a name that nothing is served under (mergeroute.serving)
+└── EngineError             (mergeroute.runtime)
+    ├── RequestError        the request itself is at fault: refused before admission
+    │   └── ContextLengthError   the prompt does not fit
+    ├── UnknownModuleError  a blend names a module that is not loaded
+    ├── QueueFullError      too many requests wait
+    ├── EngineStoppedError  the engine is shutting down
+    └── UnsupportedModelError    this architecture cannot be served exactly
+
+A message states the value, the rule and the remedy.
+"""
+
+
+class MergerouteError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class BlendError(MergerouteError, ValueError):
+    """Weights or names that make no blend."""
+
+
+class BackboneError(MergerouteError):
+    """A folder that is no usable checkpoint."""
+
+
+class ModuleError(MergerouteError):
+    """A LoRA folder that cannot be served as it stands."""
+
+
+class BankError(MergerouteError):
+    """A bank that is missing, corrupt, truncated or of a newer format."""
+
+
+class RouterError(MergerouteError):
+    """A router that cannot be read, fitted or run."""
+
+
+class UnknownTargetError(MergerouteError):
+    """A name that nothing is served under."""
+
+
+class EngineError(MergerouteError):
+    """The engine cannot do what was asked."""
+
+
+class RequestError(EngineError, ValueError):
+    """The request itself is at fault.
+
+    parameter: the field at fault, by its name in `GenerationRequest`; None when it is no one field.
+    """
+
+    def __init__(self, message: str, *, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or the prompt plus the tokens asked for, does not fit the context."""
+
+
+class UnknownModuleError(EngineError):
+    """A blend names a module that is not loaded."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine is shutting down."""
+
+
+class UnsupportedModelError(EngineError):
+    """This architecture cannot be served exactly."""

@@ -1,0 +1,1 @@
+"""A blend and a request in, tokens out. No HTTP."""

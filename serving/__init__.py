@@ -1,0 +1,1 @@
+"""HTTP, chat format, metrics and the command line."""
