@@ -1,0 +1,120 @@
+"""The Engine protocol, and the handle a caller follows a generation with."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..adapters.lora import Module
+from .types import GenerationRequest, TokenEvent
+
+
+class Generation:
+    """A running generation: iterate over its events, in a thread or in asyncio, from one place.
+
+    cached_tokens: prompt tokens whose keys and values were reused; known at the first event.
+    """
+
+    def __init__(self) -> None:
+        self.cached_tokens = 0
+        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrived = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Ask the engine to stop; the last event is delivered all the same."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Called by the engine, from its own thread."""
+        self._events.put(event)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        while True:
+            event = self._events.get()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        self._loop = asyncio.get_running_loop()
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                self._arrived.clear()
+                if self._events.empty():
+                    await self._arrived.wait()
+                continue
+            yield event
+            if event.finish_reason is not None:
+                return
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start, and the load of this moment."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    modules: int = 0
+
+
+class Engine(Protocol):
+    """Blend and request in, tokens out."""
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt and completion together."""
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Put a request into the running batch.
+
+        Raises:
+            ContextLengthError: prompt, or prompt plus `max_tokens`, is over `max_length`.
+            RequestError: another fault of the request.
+            UnknownModuleError: the blend names a digest that is not loaded.
+            QueueFullError: too many requests wait.
+            EngineStoppedError: the engine was stopped.
+        """
+
+    def load_module(self, module: Module) -> str:
+        """Make a module resident while requests run; returns its digest. Loads are counted.
+
+        Raises:
+            ModuleError: it does not fit the backbone.
+        """
+
+    def unload_module(self, digest: str) -> None:
+        """Undo one load. Requests that run on the module keep it until they end.
+
+        Raises:
+            UnknownModuleError: no such module is loaded.
+        """
+
+    def encode(self, prompt_ids: tuple[int, ...], *, layer: int) -> Tensor:
+        """Hidden states after the backbone's first `layer` layers, [t, hidden], float32."""
+
+    def stats(self) -> EngineStats:
+        """Counters and load."""
+
+    def stop(self) -> None:
+        """End every generation and free what the engine holds."""

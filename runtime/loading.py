@@ -1,0 +1,110 @@
+"""Loading a backbone into memory: device, dtype, and what cannot be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..adapters.errors import EngineError, UnsupportedModelError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the GPU when there is one.
+
+    Raises:
+        EngineError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(f"device {name!r} is unknown: auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(
+            f"device {name!r} is not there ({torch.cuda.device_count()} GPUs are visible): "
+            "use --device cpu or install a CUDA build of torch"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32.
+
+    Raises:
+        EngineError: no such dtype.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
+    if name not in DTYPES:
+        raise EngineError(f"dtype {name!r} is unknown: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """A causal language model in evaluation mode; only safetensors are read.
+
+    Raises:
+        UnsupportedModelError: transformers cannot make a causal language model of the folder.
+    """
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
+    """The checkpoint's fast tokenizer.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(f"{path} has no usable tokenizer: {error}") from error
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"{path} has no fast tokenizer (tokenizer.json): save one there"
+        )
+    return tokenizer
+
+
+def context_length(config: Any, wanted: int | None) -> int:  # noqa: ANN401
+    """Most tokens of a sequence: what is wanted, else what the model was trained for, up to 4,096.
+
+    Raises:
+        EngineError: the model cannot take as many.
+    """
+    trained: int = config.get_text_config().max_position_embeddings
+    if wanted is None:
+        return min(trained, 4096)
+    if not 2 <= wanted <= trained:
+        raise EngineError(f"max_length is {wanted}, the backbone allows 2 to {trained}")
+    return wanted
+
+
+def end_tokens(model: Any) -> frozenset[int]:  # noqa: ANN401
+    """The generation configuration's end tokens, else the model's."""
+    stated = model.generation_config.eos_token_id if model.generation_config else None
+    if stated is None:
+        stated = model.config.get_text_config().eos_token_id
+    if stated is None:
+        return frozenset()
+    return frozenset([stated] if isinstance(stated, int) else stated)
+
+
+def _cpu_has_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,84 @@
+"""What every slot of the KV cache holds, and which of it a new prompt can reuse.
+
+Keys and values depend on the weights as much as on the tokens, so a slot is keyed by content: the
+blend over module digests, exact to the last 1/64. The backbone needs no key: it never changes
+under an engine, and slots do not outlive the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..adapters.blend import Blend
+
+MIN_REUSED = 16
+"""Shorter common prefixes are not worth a copy."""
+
+
+@dataclass
+class SlotContent:
+    """tokens[:valid] are the tokens whose keys and values stand in the slot."""
+
+    blend: Blend = field(default_factory=Blend)
+    tokens: Sequence[int] = ()
+    valid: int = 0
+    in_use: bool = False
+    last_used: int = 0
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Where a sequence goes: its slot, and how many tokens to take from which slot first."""
+
+    slot: int
+    source: int
+    length: int
+
+
+class PrefixCache:
+    """Hands out slots, preferring those that already hold the beginning of the prompt."""
+
+    def __init__(self, slots: int) -> None:
+        self.contents = [SlotContent() for _ in range(slots)]
+        self._clock = 0
+
+    @property
+    def free(self) -> int:
+        """Number of slots that no running sequence uses."""
+        return sum(not content.in_use for content in self.contents)
+
+    def claim(self, blend: Blend, tokens: Sequence[int]) -> Reuse:
+        """Take a slot for a sequence. At least its last token is left to compute.
+
+        tokens: the sequence's own list, which grows as it generates. A slot must be free.
+        """
+        lengths = [_common(content, blend, tokens) for content in self.contents]
+        source = max(range(len(lengths)), key=lambda s: (lengths[s], not self.contents[s].in_use))
+        length = lengths[source] if lengths[source] >= MIN_REUSED else 0
+        slot = source if length and not self.contents[source].in_use else self._oldest_free()
+        self._clock += 1
+        self.contents[slot] = SlotContent(blend, tokens, length, True, self._clock)
+        return Reuse(slot=slot, source=source if length else slot, length=length)
+
+    def release(self, slot: int) -> None:
+        """The sequence ended; what it computed stays reusable until the slot is taken again."""
+        self._clock += 1
+        content = self.contents[slot]
+        content.tokens = tuple(content.tokens[: content.valid])
+        content.in_use, content.last_used = False, self._clock
+
+    def _oldest_free(self) -> int:
+        free = (slot for slot, content in enumerate(self.contents) if not content.in_use)
+        return min(free, key=lambda slot: self.contents[slot].last_used)
+
+
+def _common(content: SlotContent, blend: Blend, tokens: Sequence[int]) -> int:
+    """Length of the common prefix that can be reused, at most all but the last token."""
+    if content.blend != blend:
+        return 0
+    most = min(content.valid, len(tokens) - 1)
+    for index in range(most):
+        if content.tokens[index] != tokens[index]:
+            return index
+    return most

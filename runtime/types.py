@@ -1,0 +1,167 @@
+"""What goes into an engine and what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ..adapters.blend import Blend
+from ..adapters.errors import RequestError
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop.
+
+    max_tokens: at least 1; None allows the rest of the context.
+    temperature: 0 is greedy; at most 2.
+    top_p: in (0, 1]. top_k: 0 is off. min_p: share of the best token's probability, in [0, 1].
+    seed: the same tokens again, whatever else is in the batch; None draws a fresh one.
+    frequency_penalty, presence_penalty: in [-2, 2], over the tokens generated.
+    repetition_penalty: above 0, 1 is off; over prompt and generated tokens.
+    logit_bias: added to the logits, by token id.
+    stop: texts that end the generation and are not returned, up to 16.
+    stop_token_ids: tokens that end it, besides the model's own end tokens.
+    ignore_eos: go on past the model's own end tokens.
+    top_logprobs: alternatives to report per token, at most 20; None reports no log-probabilities.
+
+    Raises:
+        RequestError: a value out of range; `parameter` names it.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            "max_tokens",
+            self.max_tokens,
+            "at least 1",
+            self.max_tokens is None or self.max_tokens >= 1,
+        )
+        _check("temperature", self.temperature, "between 0 and 2", 0 <= self.temperature <= 2)
+        _check("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1)
+        _check("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
+        _check("min_p", self.min_p, "between 0 and 1", 0 <= self.min_p <= 1)
+        _check(
+            "frequency_penalty",
+            self.frequency_penalty,
+            "between -2 and 2",
+            abs(self.frequency_penalty) <= 2,
+        )
+        _check(
+            "presence_penalty",
+            self.presence_penalty,
+            "between -2 and 2",
+            abs(self.presence_penalty) <= 2,
+        )
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            "above 0 and finite",
+            0 < self.repetition_penalty < math.inf,
+        )
+        _check(
+            "logit_bias",
+            dict(self.logit_bias),
+            "finite numbers",
+            all(map(math.isfinite, self.logit_bias.values())),
+        )
+        _check(
+            "stop",
+            self.stop,
+            f"up to {MAX_STOPS} non-empty texts",
+            len(self.stop) <= MAX_STOPS and all(self.stop),
+        )
+        _check(
+            "top_logprobs",
+            self.top_logprobs,
+            f"between 0 and {MAX_TOP_LOGPROBS}",
+            self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether a penalty or bias changes the logits."""
+        return bool(
+            self.logit_bias
+            or self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1
+        )
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt, a blend and how to sample.
+
+    prompt_ids: token ids, at least one.
+    blend: weights by module *digest*, as `load_module` returned it: content, never a name.
+    """
+
+    prompt_ids: tuple[int, ...]
+    blend: Blend = field(default_factory=Blend)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log-probability of a token under the unmodified logits."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of a generation.
+
+    token_id: the token generated; None when the event only ends the generation.
+    text: what may be shown now; lags behind the token while a character or a stop text is open.
+    logprob, top_logprobs: when asked for; None for an end token.
+    finish_reason: set on the last event and only there.
+    error: why, when finish_reason is ERROR.
+    """
+
+    token_id: int | None = None
+    text: str = ""
+    logprob: TokenLogprob | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+def _check(name: str, value: object, rule: str, holds: bool) -> None:
+    if not holds:
+        raise RequestError(f"{name} is {value!r}, allowed is {rule}", parameter=name)
