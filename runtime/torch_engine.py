@@ -167,7 +167,7 @@ class TorchEngine:
                 if not self._loads[digest]:
                     raise UnknownModuleError(f"module {digest} is not loaded: load it first")
             self._scheduler.add(sequence)
-            self._users.update(request.blend)
+            self._users.update(request.blend.keys())
         self._wake.set()
         return sequence.generation
 
@@ -207,14 +207,20 @@ class TorchEngine:
 
     # The engine's thread: everything below runs there.
 
+    @torch.inference_mode()
     def _run(self) -> None:
         while not self._is_stopping:
             self._run_tasks()
-            if self._scheduler.running or self._scheduler.waiting:
-                self._step()
-            else:
+            if not (self._scheduler.running or self._scheduler.waiting):
                 self._wake.wait(_IDLE_S)
                 self._wake.clear()
+                continue
+            try:
+                self._step()
+            except Exception as error:
+                logger.exception("a step failed outside any request")
+                for sequence in self._unfinished():
+                    self._fail(sequence, f"the engine failed: {error}")
         for sequence in self._unfinished():
             self._finish(sequence, TokenEvent(finish_reason=FinishReason.CANCELLED))
         self._run_tasks()
@@ -254,7 +260,6 @@ class TorchEngine:
         sequence.generation.cached_tokens = reuse.length
         self._count(reused_tokens=reuse.length, prompt_tokens=len(sequence.tokens))
 
-    @torch.inference_mode()
     def _forward(self, chunks: list[Chunk]) -> None:
         """Run the model over the chunks, sample where a chunk ends its sequence, and tell. Nothing
         is changed before both have succeeded.
@@ -326,12 +331,14 @@ class TorchEngine:
 
     def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
         """Free what the sequence held, then deliver its last event."""
-        with self._lock:
-            self._scheduler.remove(sequence)
-            self._users.subtract(sequence.blend.keys())
-        for digest in sequence.blend:
-            self._evict_if_unused(digest)
-        sequence.generation.deliver(event)
+        try:
+            with self._lock:
+                self._scheduler.remove(sequence)
+                self._users.subtract(sequence.blend.keys())
+            for digest in sequence.blend:
+                self._evict_if_unused(digest)
+        finally:
+            sequence.generation.deliver(event)
 
     def _load(self, module: Module, digest: str) -> None:
         if digest not in self._stack:
