@@ -110,7 +110,7 @@ class Engine(Protocol):
             UnknownModuleError: no such module is loaded.
         """
 
-    def encode(self, prompt_ids: tuple[int, ...], *, layer: int) -> Tensor:
+    def encode(self, prompt_ids: tuple[int, ...], layer: int) -> Tensor:
         """Hidden states after the backbone's first `layer` layers, [t, hidden], float32."""
 
     def stats(self) -> EngineStats:

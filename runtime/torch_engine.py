@@ -182,7 +182,7 @@ class TorchEngine:
         """Undo one load; requests that run on the module keep it until they end."""
         self._between_steps(lambda: self._unload(digest))
 
-    def encode(self, prompt_ids: tuple[int, ...], *, layer: int) -> Tensor:
+    def encode(self, prompt_ids: tuple[int, ...], layer: int) -> Tensor:
         """Hidden states after the backbone's first `layer` layers, [t, hidden], float32."""
         with self._encoding:
             if layer not in self._encoders:
