@@ -1,0 +1,259 @@
+"""The HTTP application: OpenAI's routes, the preview, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..adapters.errors import MergerouteError
+from .errors import ApiError, describe, error_body, retry_headers
+from .metrics import Metrics, Stopwatch
+from .responses import ChatShape, CompletionShape, Progress
+from .schemas import ChatRequest, CompletionRequest, GenerationBody, without_no_effect
+from .service import Assignment, Service
+from .streaming import collect, server_sent_events
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 4 << 20
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+_CLIENT_CLOSED = 499
+
+
+def create_app(service: Service) -> FastAPI:
+    """An application over a service, which is stopped with it."""
+    metrics = Metrics(service.hosted)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.stop)
+
+    app = FastAPI(title="mergeroute", lifespan=lifespan)
+    started = int(time.time())
+    _handle_errors(app)
+    app.add_middleware(_RequestIds, metrics=metrics)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(request, await _parse(request, ChatRequest), service, metrics)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(request, await _parse(request, CompletionRequest), service, metrics)
+
+    @app.post("/v1/route")
+    async def route(request: Request) -> dict[str, Any]:
+        document = await _read_json(request)
+        if "messages" in document:
+            return await service.preview(_validate(document, ChatRequest))
+        return await service.preview(_validate(document, CompletionRequest))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(e, started) for e in service.targets.listing()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.targets.resolve(name)
+        listed = {entry["id"]: entry for entry in service.targets.listing()}
+        return _model(listed.get(name, {"id": name}), started)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def exposition() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+async def _answer(
+    request: Request, body: GenerationBody, service: Service, metrics: Metrics
+) -> Response:
+    """Assign, submit, and answer whole or as a stream."""
+    assignments = await service.assign(body)
+    metrics.decided(assignments)
+    stopwatch = Stopwatch(metrics, assignments[0].hosted.bank.name)
+    choices = service.submit(body, assignments)
+    shape_kind = ChatShape if isinstance(body, ChatRequest) else CompletionShape
+    shape = shape_kind(model=body.model, choices=choices, includes_usage=body.includes_usage)
+    headers = _headers(assignments)
+    progress = [Progress(choice) for choice in choices]
+    if body.stream:
+        lines = server_sent_events(
+            choices, shape, includes_usage=body.includes_usage, progress=progress
+        )
+        timed = _timed(lines, stopwatch, progress)
+        return StreamingResponse(timed, media_type="text/event-stream", headers=headers)
+    done = await _unless_disconnected(request, collect(choices))
+    stopwatch.finish(done)
+    return JSONResponse(shape.body(done), headers=headers)
+
+
+async def _timed(
+    lines: AsyncIterator[str], stopwatch: Stopwatch, progress: Sequence[Progress]
+) -> AsyncIterator[str]:
+    has_token = False
+    try:
+        async for line in lines:
+            if not has_token and any(p.completion_tokens for p in progress):
+                has_token = True
+                stopwatch.first_token()
+            yield line
+    finally:
+        stopwatch.finish(progress)
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[list[Progress]]) -> list[Progress]:
+    """Wait for the work, and give it up, cancelling its generations, when the client is gone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError("the client closed the connection", status=_CLIENT_CLOSED)
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        with suppress(asyncio.CancelledError, MergerouteError):
+            await working
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:
+    """What served the request; one value per prompt where several differ."""
+
+    def each(value: Callable[[Assignment], str]) -> str:
+        values = [value(assignment) for assignment in assignments]
+        return values[0] if len(set(values)) == 1 else "; ".join(values)
+
+    return {
+        "x-mergeroute-target": each(lambda a: a.target.name),
+        "x-mergeroute-bank": each(lambda a: a.hosted.bank.digest),
+        "x-mergeroute-blend": each(lambda a: a.decision.blend.weights_text),
+        "x-mergeroute-abstained": each(lambda a: f"{a.decision.abstained:g}"),
+        "x-mergeroute-router": each(lambda a: a.decision.router),
+        "x-mergeroute-confidence": each(lambda a: f"{a.decision.confidence:.4f}"),
+    }
+
+
+async def _parse(request: Request, kind: type[_Body]) -> _Body:
+    return _validate(await _read_json(request), kind)
+
+
+async def _read_json(request: Request) -> dict[str, Any]:
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > MAX_BODY_BYTES:
+            raise ApiError(f"the body is over {MAX_BODY_BYTES:,} bytes: shorten it", status=413)
+    try:
+        document = json.loads(bytes(content))
+    except ValueError as error:
+        raise ApiError(f"the body is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ApiError("the body must be a JSON object")
+    return document
+
+
+def _validate(document: dict[str, Any], kind: type[_Body]) -> _Body:
+    """The body as its model; a parameter that is not known is refused by name."""
+    body = without_no_effect(document)
+    if unknown := sorted(body.keys() - kind.model_fields.keys()):
+        raise ApiError(
+            f"the parameter {unknown[0]!r} is not supported here: leave it out",
+            param=unknown[0],
+            code="unsupported_parameter",
+        )
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or None
+        message = f"{where}: {first['msg']}" if where else str(first["msg"])
+        raise ApiError(message, param=where) from error
+
+
+def _model(entry: dict[str, Any], created: int) -> dict[str, Any]:
+    common = {"object": "model", "created": created, "owned_by": "mergeroute"}
+    return {"id": entry["id"], **common, **entry}
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(MergerouteError)
+    async def ours(_: Request, error: Exception) -> Response:
+        status, body = describe(error)
+        if status >= 500:
+            logger.error("a request failed", exc_info=error)
+        return JSONResponse(body, status_code=status, headers=retry_headers(status))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(str(error), status=400), status_code=400)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        body = error_body(message, status=error.status_code)
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        status, body = describe(error)
+        headers = {"x-request-id": request.state.request_id}
+        return JSONResponse(body, status_code=status, headers=headers)
+
+
+class _RequestIds:
+    """ASGI middleware: every answer carries `x-request-id` and is counted by route and status."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 500
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.requests.labels(route, str(status)).inc()

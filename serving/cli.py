@@ -1,0 +1,226 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..adapters.errors import MergerouteError
+from .settings import DEFAULT_PORT, ServeSettings, read_settings
+
+app = typer.Typer(
+    name="mergeroute",
+    help="Serve one shared backbone and many task modules, blended for every input by a router.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True, highlight=False)
+
+DEMO_BANK = Path(__file__).parent / "demo_bank"
+
+
+class EngineName(StrEnum):
+    """What runs the model."""
+
+    TORCH = "torch"
+
+
+class LogFormat(StrEnum):
+    """Form of the log lines."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
+PortOption = Annotated[int | None, typer.Option("--port", help="Port; 0 takes a free one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+]
+
+
+def main() -> None:
+    """Run a command; our own errors become one line on standard error and exit status 1."""
+    try:
+        app()
+    except MergerouteError as error:
+        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("mergeroute"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(host: HostOption = None, port: PortOption = None) -> None:
+    """Serve the bundled demo bank."""
+    _serve(read_settings(None, {"banks": (str(DEMO_BANK),), "host": host, "port": port}))
+
+
+@app.command()
+def serve(
+    banks: Annotated[
+        list[str] | None, typer.Argument(metavar="[BANK]...", help="Bank folders.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in YAML (serve.yaml).")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or hub id, instead of a bank.")
+    ] = None,
+    module: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A LoRA folder; repeatable.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the bank made of --backbone and --module.")
+    ] = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    engine: Annotated[EngineName | None, typer.Option(help="What runs the model.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_length: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Most tokens of prompt and completion.")
+    ] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="Most requests that run at once.")
+    ] = None,
+    log_format: Annotated[LogFormat | None, typer.Option(help="Form of the log lines.")] = None,
+) -> None:
+    """Serve banks, or a backbone with LoRA modules, behind the OpenAI API."""
+    overrides = {
+        "banks": tuple(banks or ()),
+        "backbone": backbone,
+        "modules": dict(_name_and_path(text) for text in module or ()),
+        "name": name,
+        "host": host,
+        "port": port,
+        "engine": engine,
+        "device": device,
+        "dtype": dtype,
+        "max_length": max_length,
+        "max_concurrency": max_concurrency,
+        "log_format": log_format,
+    }
+    _serve(read_settings(config, overrides))
+
+
+@app.command()
+def route(
+    bank: Annotated[str, typer.Argument(metavar="BANK", help="Bank folder.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What a user would write.")],
+    as_json: JsonOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Show which modules would serve a prompt, and why; the server's own code decides."""
+    from .hosting import host_banks
+    from .schemas import ChatRequest, CompletionRequest
+    from .service import Service
+
+    settings = read_settings(None, {"banks": (bank,), "device": device, "dtype": dtype})
+    with console.status("loading the bank"):
+        service = Service(host_banks(settings.open_banks(), settings.placement))
+    try:
+        body: ChatRequest | CompletionRequest
+        if service.hosted[0].tokenizer.chat_template:
+            message = {"role": "user", "content": prompt}
+            body = ChatRequest.model_validate({"messages": [message]})
+        else:
+            body = CompletionRequest(prompt=prompt)
+        decision = asyncio.run(service.preview(body))
+    finally:
+        service.stop()
+    _print_json(decision) if as_json else _print_decision(decision)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Bank, checkpoint or LoRA folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in a bank, a checkpoint or a PEFT LoRA folder; a bank is verified."""
+    from .inspection import describe_path, tables
+
+    with console.status("reading"):
+        description = describe_path(path)
+    if as_json:
+        _print_json(description)
+        return
+    for table in tables(description):
+        Console().print(table)
+
+
+def _serve(settings: ServeSettings) -> None:
+    from .hosting import host_banks
+    from .server import bind, run
+    from .service import Service
+
+    listening = bind(settings.host, settings.port)
+    try:
+        with console.status("loading") as status:
+            banks = settings.open_banks(report=status.update)
+            service = Service(host_banks(banks, settings.placement, report=_say))
+    except BaseException:
+        listening.close()
+        raise
+    _announce(service.targets.listing(), *listening.getsockname()[:2])
+    run(service, listening, settings)
+
+
+def _announce(listing: list[dict[str, Any]], host: str, port: int) -> None:
+    names = ", ".join(entry["id"] for entry in listing)
+    _say(f"models: {names}")
+    console.print(f"[bold green]ready:[/] http://{host}:{port}/v1  (Ctrl+C stops)", soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    console.print(_escape(text), soft_wrap=True)
+
+
+def _print_decision(decision: dict[str, Any]) -> None:
+    output = Console(highlight=False)
+    blend = ", ".join(f"{n}={w:g}" for n, w in decision["blend"].items()) or "none (the backbone)"
+    output.print(f"blend       {_escape(blend)}")
+    output.print(f"confidence  {decision['confidence']:.4f}, runner-up {decision['runner_up']}")
+    output.print(f"abstained   {decision['abstained']:g}")
+    output.print(f"router      {decision['router']}, {decision['milliseconds']:.1f} ms")
+    output.print(f"reason      {_escape(decision['reason'])}")
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def _name_and_path(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (equals and name and path):
+        raise typer.BadParameter(f"{text!r} is not NAME=PATH", param_hint="--module")
+    return name, path
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+__all__ = ["DEFAULT_PORT", "DEMO_BANK", "app", "main"]

@@ -1,0 +1,193 @@
+"""Request bodies: what is accepted, and what is refused by name. Nothing is dropped silently."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ..runtime.types import MAX_STOPS, MAX_TOP_LOGPROBS, SamplingParams
+
+MAX_CHOICES = 32
+MAX_PROMPTS = 64
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for /v1/completions; chat may use the rest of the context."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - before validation
+    return (value,) if isinstance(value, str) else value
+
+
+class StreamOptions(_Body):
+    """What a stream carries besides tokens."""
+
+    include_usage: bool = Field(False, description="a last chunk with the usage")
+
+
+class TextPart(_Body):
+    """One part of a message; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | tuple[TextPart, ...]
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class _Generation(_Body):
+    """What chat and text completions share; ranges of sampling values are checked by the engine."""
+
+    model: str = Field("auto", description="target", max_length=2048)
+    blend: dict[str, float] | None = Field(None, description="weights by module, fixes the blend")
+    temperature: float | None = Field(None, description="0 is greedy; default 1")
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 or -1 is off")
+    min_p: float | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices per prompt")
+    seed: int | None = None
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field((), max_length=MAX_STOPS)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="a label of the caller; changes nothing")
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> _Generation:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _sampling(
+        self,
+        defaults: SamplingParams,
+        *,
+        choice: int,
+        max_tokens: int | None,
+        top_logprobs: int | None,
+    ) -> SamplingParams:
+        """Parameters of one choice; what the body leaves open comes from the defaults."""
+
+        def given(name: str) -> Any:  # noqa: ANN401 - a number
+            value = getattr(self, name)
+            return getattr(defaults, name) if value is None else value
+
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=given("temperature"),
+            top_p=given("top_p"),
+            top_k=max(0, given("top_k")),
+            min_p=given("min_p"),
+            seed=None if self.seed is None else self.seed + choice,
+            frequency_penalty=given("frequency_penalty"),
+            presence_penalty=given("presence_penalty"),
+            repetition_penalty=given("repetition_penalty"),
+            logit_bias=self.logit_bias,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            top_logprobs=top_logprobs,
+        )
+
+
+class ChatRequest(_Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: tuple[Message, ...] = Field(min_length=1)
+    max_tokens: int | None = Field(None, description="older name of max_completion_tokens")
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("give max_tokens or max_completion_tokens, not both")
+        return self
+
+    def sampling(self, defaults: SamplingParams, choice: int) -> SamplingParams:
+        """Parameters of one choice."""
+        limit = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+        top = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling(defaults, choice=choice, max_tokens=limit, top_logprobs=top)
+
+
+class CompletionRequest(_Generation):
+    """`POST /v1/completions`. prompt: a text or its token ids, or a list of either."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> CompletionRequest:
+        if not 1 <= len(self.prompts) <= MAX_PROMPTS:
+            raise ValueError(f"prompt holds {len(self.prompts)} prompts, 1 to {MAX_PROMPTS} fit")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    def sampling(self, defaults: SamplingParams, choice: int) -> SamplingParams:
+        """Parameters of one choice."""
+        return self._sampling(
+            defaults, choice=choice, max_tokens=self.max_tokens, top_logprobs=self.logprobs
+        )
+
+
+GenerationBody = ChatRequest | CompletionRequest
+
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "parallel_tool_calls": (True, False),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "modalities": (["text"],),
+}
+"""Parameters that are not supported, with the values that ask for nothing and so are accepted."""
+
+
+def without_no_effect(body: dict[str, Any]) -> dict[str, Any]:
+    """The body without nulls and without values that ask for nothing."""
+    return {
+        key: value
+        for key, value in body.items()
+        if value is not None and value not in NO_EFFECT.get(key, ())
+    }

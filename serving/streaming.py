@@ -1,0 +1,85 @@
+"""Following running generations: to the end, or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ..runtime.types import FinishReason, TokenEvent
+from .errors import ApiError, describe
+from .responses import Progress, Shape
+from .service import Choice
+
+
+async def events_of(choices: Sequence[Choice]) -> AsyncIterator[tuple[Choice, TokenEvent]]:
+    """Events of all choices as they come. Leaving early cancels what still runs.
+
+    Raises:
+        ApiError: the engine failed on a choice.
+    """
+    merged: asyncio.Queue[tuple[Choice, TokenEvent]] = asyncio.Queue()
+
+    async def follow(choice: Choice) -> None:
+        async for event in choice.generation:
+            merged.put_nowait((choice, event))
+
+    tasks = [asyncio.create_task(follow(choice)) for choice in choices]
+    running = len(choices)
+    try:
+        while running:
+            choice, event = await merged.get()
+            _raise_failure(event)
+            running -= event.finish_reason is not None
+            yield choice, event
+    finally:
+        for choice in choices:
+            choice.generation.cancel()
+        for task in tasks:
+            task.cancel()
+
+
+async def collect(choices: Sequence[Choice]) -> list[Progress]:
+    """Wait for all choices to end.
+
+    Raises:
+        ApiError: the engine failed on a choice.
+    """
+    progress = [Progress(choice) for choice in choices]
+    async for choice, event in events_of(choices):
+        progress[choice.index].add(event)
+    return progress
+
+
+async def server_sent_events(
+    choices: Sequence[Choice], shape: Shape, *, includes_usage: bool, progress: list[Progress]
+) -> AsyncIterator[str]:
+    """The stream's lines. What goes wrong after the first byte becomes an `error` event.
+
+    progress: one per choice, kept up to date for whoever looks on.
+    """
+    try:
+        for choice in choices:
+            if opening := shape.opening(choice):
+                yield _line(opening)
+        async for choice, event in events_of(choices):
+            progress[choice.index].add(event)
+            if chunk := shape.chunk(choice, event):
+                yield _line(chunk)
+        if includes_usage:
+            yield _line(shape.closing(progress))
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield f"event: error\n{_line(describe(error)[1])}"
+
+
+def _raise_failure(event: TokenEvent) -> None:
+    if event.finish_reason is FinishReason.ERROR:
+        raise ApiError(event.error or "the engine failed", status=500, code="engine_failed")
+    if event.finish_reason is FinishReason.CANCELLED:
+        raise ApiError("the server is shutting down: try again", status=503, code="not_ready")
+
+
+def _line(document: dict[str, Any]) -> str:
+    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
