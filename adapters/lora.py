@@ -99,6 +99,17 @@ class Module:
             ModuleError: the folder is incomplete or damaged, uses what cannot be blended, has
                 tensors that fit no layer, holds NaN or inf, or would change nothing.
         """
+        module = cls.read(folder, name=name)
+        module.check(layers)
+        return module
+
+    @classmethod
+    def read(cls, folder: Path, *, name: str) -> Module:
+        """Read a PEFT LoRA folder without a backbone to check it against.
+
+        Raises:
+            ModuleError: the folder is incomplete or damaged, or uses what cannot be blended.
+        """
         config = _read_config(folder)
         _refuse_config(config, folder)
         factors = _read_factors(folder / WEIGHTS_FILE)
@@ -106,9 +117,7 @@ class Module:
             layer: _fold(layer, pair, config=config, folder=folder)
             for layer, pair in factors.items()
         }
-        module = cls(name, deltas)
-        module.check(layers)
-        return module
+        return cls(name, deltas)
 
     def check(self, layers: Mapping[str, tuple[int, int]]) -> None:
         """Refuse a module that does not fit the layers or would do nothing.
@@ -142,7 +151,7 @@ class Module:
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{_PREFIX}{name}.weight": tensor.to(dtype).contiguous()
+            f"{_PREFIX}{name}.weight": tensor.to(dtype, copy=True).contiguous()  # none shares memory
             for name, tensor in self._named_factors()
         }
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -185,10 +194,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModuleError(f"{folder} holds no {CONFIG_FILE}: name a PEFT LoRA folder")
     try:
         config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModuleError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("r"), int):
-        raise ModuleError(f"{path} states no integer rank 'r': it is no LoRA configuration")
+    if not isinstance(config, dict):
+        raise ModuleError(f"{path} is no JSON object: it is no LoRA configuration")
     return config
 
 
@@ -209,6 +218,31 @@ def _refuse_config(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder} was trained with init_lora_weights={initialisation!r}, which changes the "
             "base weights: save it again with path_initial_model_for_weight_conversion"
         )
+    _check_numbers(config, folder / CONFIG_FILE)
+
+
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse ranks and alphas from which no scale can be computed."""
+    if not _is_rank(config.get("r")):
+        raise ModuleError(f"{path} states 'r' {config.get('r')!r}: a whole number from 1 is needed")
+    if not _is_number(config.get("lora_alpha", 8)):
+        raise ModuleError(f"{path} states 'lora_alpha' {config['lora_alpha']!r}: give a number")
+    for key, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(is_valid, pattern.values())):
+            raise ModuleError(f"{path} states {key!r} {pattern!r}: a number per layer name is needed")
+        try:
+            get_pattern_key(list(pattern), "\n")  # no layer's name: compiles every pattern
+        except re.error as error:
+            raise ModuleError(f"{path}: {key!r} is no regular expression: {error}") from error
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -227,6 +261,8 @@ def _read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
                 if match is None:
                     raise ModuleError(f"{path}: {_why_refused(name)}")
                 sides = factors.setdefault(match["layer"], {})
+                if match["side"] in sides:
+                    raise ModuleError(f"{path} holds {name!r} twice, under two names: keep one")
                 sides[match["side"]] = file.get_tensor(name).float()
     except (SafetensorError, OSError) as error:
         raise ModuleError(f"{path} is damaged or truncated: {error}") from error

@@ -76,7 +76,7 @@ class Prototype:
         """Tensors to save."""
         return {
             "means": self.means,
-            "whitening": self.whitening,
+            "whitening": self.whitening.contiguous(),
             "calibration": torch.tensor(self.calibration, dtype=torch.float64),
         }
 

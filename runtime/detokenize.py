@@ -19,12 +19,13 @@ class TextStream:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stops = tuple(stops)
+        self._pending: list[int] = []
         self._held = ""
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that may be shown after this token; sets `is_stopped` at a stop text."""
-        self._held += self._stream.step(self._tokenizer, token_id) or ""
+        self._held += self._decode(token_id)
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.is_stopped = True
@@ -38,9 +39,19 @@ class TextStream:
         return shown
 
     def flush(self) -> str:
-        """What was held back, once no more tokens come."""
-        shown, self._held = self._held, ""
+        """What was held back, once no more tokens come; bytes that make no character become �."""
+        rest = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        shown, self._held, self._pending = self._held + rest, "", []
         return shown
+
+    def _decode(self, token_id: int) -> str:
+        """The characters that this token completes."""
+        piece = self._stream.step(self._tokenizer, token_id)
+        if piece is None:
+            self._pending.append(token_id)
+            return ""
+        self._pending.clear()
+        return str(piece)
 
     def _open_length(self) -> int:
         """Length of the longest end of the held text that begins a stop text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +71,7 @@ class ServeSettings(BaseModel):
         return banks
 
 
-def read_settings(path: Path | None, overrides: dict[str, object]) -> ServeSettings:
+def read_settings(path: Path | None, overrides: Mapping[str, object]) -> ServeSettings:
     """Settings of a file, if there is one, with the command line's on top.
 
     Raises:
