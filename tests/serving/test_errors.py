@@ -1,0 +1,215 @@
+"""Bad requests: OpenAI-shaped, naming what is wrong; and what happens around failures."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from .conftest import Served
+
+MESSAGES = [{"role": "user", "content": "shout the word 7"}]
+
+
+def post(served: Served, body: object, path: str = "/v1/chat/completions") -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(served.url + path, content=content, timeout=30)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code", "words"),
+    [
+        ({"model": "nobody"}, 404, "model", "model_not_found", "nobody.*auto, tiny, zoo"),
+        ({"model": "zoo:nobody"}, 404, "model", "model_not_found", "zoo:nobody"),
+        ({"model": "blend:nobody=1"}, 404, "model", "model_not_found", "nobody"),
+        ({"model": "blend:upper"}, 400, "blend", None, "name=weight"),
+        ({"model": "blend:upper=inf"}, 400, "blend", None, "finite"),
+        ({"model": "upper", "blend": {"digit": 1}}, 400, "blend", None, "leave one"),
+        ({"blend": {"nobody": 1}}, 404, "model", "model_not_found", "nobody"),
+        ({"blend": {"upper": 9}}, 400, "blend", None, "between -8 and 8"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "tools"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter", "response_format"),
+        ({"temprature": 0}, 400, "temprature", "unsupported_parameter", "temprature"),
+        ({"temperature": 3}, 400, "temperature", None, "between 0 and 2"),
+        ({"top_p": 0}, 400, "top_p", None, "above 0"),
+        ({"max_tokens": 0}, 400, "max_tokens", None, "at least 1"),
+        ({"max_tokens": 9999}, 400, "max_tokens", "context_length_exceeded", "9,999"),
+        ({"n": 0}, 400, "n", None, "greater than or equal to 1"),
+        ({"n": 1000}, 400, "n", None, "less than or equal to"),
+        ({"logit_bias": {"99999": 1}}, 400, "logit_bias", None, "99999"),
+        ({"top_logprobs": 2}, 400, None, None, "logprobs is true"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None, "20"),
+        ({"stream_options": {"include_usage": True}}, 400, None, None, "stream is true"),
+        ({"stop": ["a"] * 17}, 400, "stop", None, "16"),
+        ({"messages": []}, 400, "messages", None, "at least 1"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", None, "user"),
+        ({"messages": [{"role": "user", "content": "x" * 300}]}, 400, "prompt", "context_length_exceeded", "256"),
+    ],
+)  # fmt: skip
+def test_a_bad_parameter_is_refused_by_name(
+    served: Served,
+    body: dict[str, Any],
+    status: int,
+    param: str | None,
+    code: str | None,
+    words: str,
+) -> None:
+    response = post(served, {"messages": MESSAGES, **body})
+    error = error_of(response)
+    assert (response.status_code, error["param"], error["code"]) == (status, param, code)
+    assert re.search(words, error["message"]), error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert response.headers["x-request-id"]
+
+
+def test_values_that_ask_for_nothing_are_accepted(served: Served) -> None:
+    body = {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "shout the word 7"}]}],
+        "max_tokens": 2,
+        "tools": None,
+        "response_format": {"type": "text"},
+        "top_p": None,
+        "service_tier": "auto",
+        "user": "me",
+        "store": False,
+    }
+    assert post(served, body).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_body_that_is_no_json_object_is_400(served: Served, body: bytes) -> None:
+    response = post(served, body)
+    assert response.status_code == 400
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_a_huge_body_is_413(served: Served) -> None:
+    response = post(served, {"messages": [{"role": "user", "content": "x" * (5 << 20)}]})
+    assert response.status_code == 413
+    assert "4,194,304" in error_of(response)["message"]
+
+
+def test_unknown_routes_and_methods_are_openai_shaped(served: Served) -> None:
+    assert error_of(httpx.get(served.url + "/v1/nothing"))["message"].endswith("Not Found")
+    wrong = httpx.get(served.url + "/v1/chat/completions")
+    assert wrong.status_code == 405
+    assert error_of(wrong)["type"] == "invalid_request_error"
+
+
+def test_the_callers_request_id_comes_back(served: Served) -> None:
+    headers = {"x-request-id": "mine-42"}
+    assert httpx.get(served.url + "/health", headers=headers).headers["x-request-id"] == "mine-42"
+
+
+def test_the_preview_is_what_is_served(served: Served) -> None:
+    for prompt in ("shout the word 7", "0 1 2 3 4 5", "something else entirely, never seen ~~~~"):
+        body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "max_tokens": 1}
+        preview = post(served, body, "/v1/route").json()
+        headers = post(served, body).headers
+        assert preview["object"] == "route"
+        assert preview["bank_digest"] == headers["x-mergeroute-bank"] == served.bank.digest
+        blend = ",".join(f"{n}={w:g}" for n, w in preview["blend"].items()) or "none"
+        assert blend == headers["x-mergeroute-blend"]
+        assert f"{preview['confidence']:.4f}" == headers["x-mergeroute-confidence"]
+        assert f"{preview['abstained']:g}" == headers["x-mergeroute-abstained"]
+        assert preview["router"] == headers["x-mergeroute-router"] == "prototype"
+        assert preview["milliseconds"] > 0
+
+
+def test_a_prompt_unlike_any_modules_stays_on_the_backbone(served: Served) -> None:
+    body = {"messages": [{"role": "user", "content": "~~~~~~~~~~~~ \x01\x02\x03 ~~~~~~~~~"}]}
+    preview = post(served, body, "/v1/route").json()
+    assert preview["blend"] == {}
+    assert preview["abstained"] == 1.0
+    assert "abstained" in preview["reason"]
+    assert preview["threshold"] > 0
+
+
+def test_previews_of_pinned_targets_name_no_router(served: Served) -> None:
+    preview = post(served, {"model": "upper", "prompt": "x"}, "/v1/route").json()
+    assert (preview["router"], preview["blend"]) == ("none", {"upper": 1.0})
+    several = post(served, {"prompt": ["x", "y"]}, "/v1/route")
+    assert several.status_code == 400
+
+
+def wait_until_idle(served: Served) -> None:
+    deadline = time.monotonic() + 10
+    while served.service.hosted[0].engine.stats().running:
+        assert time.monotonic() < deadline, "the request was not cancelled"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(served: Served, stream: bool) -> None:
+    body = json.dumps(
+        {"messages": MESSAGES, "stream": stream, "n": 4, "max_tokens": 200, "ignore_eos": True}
+    ).encode()
+    host, port = served.url.removeprefix("http://").split(":")
+    before = served.service.hosted[0].engine.stats().generated_tokens
+    with socket.create_connection((host, int(port))) as connection:
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+        while not served.service.hosted[0].engine.stats().running:
+            time.sleep(0.005)
+    wait_until_idle(served)
+    assert served.service.hosted[0].engine.stats().generated_tokens - before < 4 * 200
+
+
+def test_an_engine_failure_reaches_the_openai_client(served: Served) -> None:
+    weights = {"upper": 8.0, "digit": 8.0}
+    client = served.client()
+    engine = served.service.hosted[0].engine
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("a cosmic ray")
+
+    handle = engine.model.register_forward_pre_hook(explode)
+    try:
+        with pytest.raises(openai.InternalServerError, match="cosmic ray"):
+            client.chat.completions.create(
+                model="auto",
+                messages=MESSAGES,
+                extra_body={"blend": weights},  # type: ignore[arg-type]
+            )
+        stream = client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            stream=True,  # type: ignore[arg-type]
+        )
+        with pytest.raises(openai.APIError, match="cosmic ray"):
+            list(stream)
+    finally:
+        handle.remove()
+    assert post(served, {"messages": MESSAGES, "max_tokens": 2}).status_code == 200
+
+
+def test_metrics_count_what_was_served(served: Served) -> None:
+    post(served, {"messages": MESSAGES, "max_tokens": 2})
+    text = httpx.get(served.url + "/metrics").text
+    for line in (
+        r'mergeroute_requests_total\{route="/v1/chat/completions",status="200"\} \d+',
+        r'mergeroute_decisions_total\{bank="zoo",router="prototype"\} \d+',
+        r'mergeroute_module_weight_total\{bank="zoo",module="upper"\} \d+',
+        r'mergeroute_engine_generated_tokens_total\{backbone="tiny"\} \d+',
+        r'mergeroute_engine_modules\{backbone="tiny"\} 2',
+        r'mergeroute_request_seconds_count\{bank="zoo"\} \d+',
+    ):
+        assert re.search(line, text), line
+
+
+def test_health(served: Served) -> None:
+    assert httpx.get(served.url + "/health").json() == {"status": "ok"}
