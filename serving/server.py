@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import time
+from contextlib import suppress
 
 import uvicorn
 
@@ -46,7 +47,8 @@ def run(service: Service, listening: socket.socket, settings: ServeSettings) -> 
         access_log=True,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def configure_logging(log_format: str) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..adapters.backbone import Backbone
-from ..adapters.bank import Bank, BankModule
 from ..adapters.errors import MergerouteError
-from ..runtime.torch_engine import EngineOptions
-from .hosting import Placement, Report
+
+if TYPE_CHECKING:  # torch takes seconds to import, which --help need not
+    from ..adapters.bank import Bank
+    from .hosting import Placement, Report
 
 DEFAULT_PORT = 8000
 
@@ -51,6 +51,9 @@ class ServeSettings(BaseModel):
     @property
     def placement(self) -> Placement:
         """Where and how engines run."""
+        from ..runtime.torch_engine import EngineOptions
+        from .hosting import Placement
+
         options = EngineOptions(
             max_length=self.max_length,
             max_concurrency=self.max_concurrency,
@@ -64,6 +67,9 @@ class ServeSettings(BaseModel):
         Raises:
             MergerouteError: something cannot be opened.
         """
+        from ..adapters.backbone import Backbone
+        from ..adapters.bank import Bank, BankModule
+
         banks = [Bank.open(path, progress=lambda f: report(f"verified {f}")) for path in self.banks]
         if self.backbone:
             modules = [BankModule(name, Path(path)) for name, path in self.modules.items()]

@@ -40,7 +40,13 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"blend": {"nobody": 1}}, 404, "model", "model_not_found", "nobody"),
         ({"blend": {"upper": 9}}, 400, "blend", None, "between -8 and 8"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "tools"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter", "response_format"),
+        (
+            {"response_format": {"type": "json_object"}},
+            400,
+            "response_format",
+            "unsupported_parameter",
+            "response_format",
+        ),
         ({"temprature": 0}, 400, "temprature", "unsupported_parameter", "temprature"),
         ({"temperature": 3}, 400, "temperature", None, "between 0 and 2"),
         ({"top_p": 0}, 400, "top_p", None, "above 0"),
@@ -55,9 +61,15 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"stop": ["a"] * 17}, 400, "stop", None, "16"),
         ({"messages": []}, 400, "messages", None, "at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", None, "user"),
-        ({"messages": [{"role": "user", "content": "x" * 300}]}, 400, "prompt", "context_length_exceeded", "256"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 300}]},
+            400,
+            "prompt",
+            "context_length_exceeded",
+            "256",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_parameter_is_refused_by_name(
     served: Served,
     body: dict[str, Any],
