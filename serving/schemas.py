@@ -156,9 +156,8 @@ class CompletionRequest(_Generation):
         """The prompts one by one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        token_ids = [item for item in self.prompt if isinstance(item, int)]
+        return [token_ids] if token_ids else [p for p in self.prompt if not isinstance(p, int)]
 
     def sampling(self, defaults: SamplingParams, choice: int) -> SamplingParams:
         """Parameters of one choice."""

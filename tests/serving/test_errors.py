@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from .conftest import Served
 
-MESSAGES = [{"role": "user", "content": "shout the word 7"}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "shout the word 7"}]
 
 
 def post(served: Served, body: object, path: str = "/v1/chat/completions") -> httpx.Response:
@@ -195,12 +196,12 @@ def test_an_engine_failure_reaches_the_openai_client(served: Served) -> None:
             client.chat.completions.create(
                 model="auto",
                 messages=MESSAGES,
-                extra_body={"blend": weights},  # type: ignore[arg-type]
+                extra_body={"blend": weights},
             )
         stream = client.chat.completions.create(
             model="tiny",
             messages=MESSAGES,
-            stream=True,  # type: ignore[arg-type]
+            stream=True,
         )
         with pytest.raises(openai.APIError, match="cosmic ray"):
             list(stream)
