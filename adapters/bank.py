@@ -141,11 +141,14 @@ class Bank:
         verify: False checks sizes only.
 
         Raises:
-            BankError: no bank, a newer format, or a file that is missing, truncated or changed.
+            BankError: no bank, a newer format, or a file that is missing, truncated, changed or
+                not in the manifest.
             BackboneError: the manifest refers to a backbone that is not there.
         """
-        folder = Path(path).expanduser()
+        folder = Path(path).expanduser().resolve()
         manifest = _read_manifest(folder)
+        _check_names([manifest.name, *(module.name for module in manifest.modules)])
+        _check_folders(folder, manifest)
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry, verify=verify)
             if progress:
@@ -223,8 +226,10 @@ def write_bank(
             files=_file_entries(folder),
         )
         document = manifest.model_dump(mode="json")
-        (folder / MANIFEST).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    return Bank.open(target)
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        Bank.open(folder)  # what cannot be opened takes nobody's place
+    return Bank.open(target, verify=False)
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -232,17 +237,17 @@ def _read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise BankError(f"{folder} is no bank: it holds no {MANIFEST}")
     try:
-        document = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise BankError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict) or document.get("format") != "mergeroute-bank":
         raise BankError(
             f"{path} is not the manifest of a bank: format 'mergeroute-bank' is missing"
         )
     version = document.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise BankError(
-            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: "
+            f"{path} has format version {version}, this program reads 1 to {FORMAT_VERSION}: "
             "upgrade mergeroute"
         )
     try:
@@ -251,6 +256,17 @@ def _read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BankError(f"{path} is damaged at {where!r}: {first['msg']}") from error
+
+
+def _check_folders(folder: Path, manifest: Manifest) -> None:
+    """Each folder that is served holds listed files, and no others: a reader would pick them up."""
+    folders = [manifest.backbone.folder, manifest.router, *(m.folder for m in manifest.modules)]
+    for name in filter(None, folders):
+        if not any(file.startswith(f"{name.rstrip('/')}/") for file in manifest.files):
+            raise BankError(f"{folder / MANIFEST} lists no file of {name}: the bank is incomplete")
+        for path in (folder / name).rglob("*"):
+            if not path.is_dir() and path.relative_to(folder).as_posix() not in manifest.files:
+                raise BankError(f"{path} is not in the manifest: remove it or build the bank again")
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry, *, verify: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ class Blend(Mapping[str, float]):
     @property
     def weights_text(self) -> str:
         """`code=0.75,math=0.25`, or `none`: what response headers show."""
-        return ",".join(f"{name}={weight:g}" for name, weight in self.items()) or "none"
+        return ",".join(f"{name}={weight:.7g}" for name, weight in self.items()) or "none"
 
     @property
     def abstained(self) -> float:
@@ -100,7 +99,7 @@ def _snap(name: str, weight: float) -> int:
         raise BlendError(
             f"{name!r} is no module name: it is empty or holds white space, '=' or ','"
         )
-    if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+    if not abs(weight) <= MAX_WEIGHT:  # NaN compares false
         raise BlendError(
             f"weight {weight!r} of {name!r} is out of range: finite, between -8 and 8 is allowed"
         )

@@ -150,8 +150,9 @@ class Module:
         base: `base_model_name_or_path` for the readers that want one.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        # Copies: safetensors refuses tensors that share memory, as layers may.
         tensors = {
-            f"{_PREFIX}{name}.weight": tensor.to(dtype, copy=True).contiguous()  # none shares memory
+            f"{_PREFIX}{name}.weight": tensor.to(dtype, copy=True).contiguous()
             for name, tensor in self._named_factors()
         }
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -230,7 +231,9 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
     for key, is_valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(is_valid, pattern.values())):
-            raise ModuleError(f"{path} states {key!r} {pattern!r}: a number per layer name is needed")
+            raise ModuleError(
+                f"{path} states {key!r} {pattern!r}: a number per layer name is needed"
+            )
         try:
             get_pattern_key(list(pattern), "\n")  # no layer's name: compiles every pattern
         except re.error as error:

@@ -7,6 +7,7 @@ module and zero elsewhere, so that one batch mixes any blends.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from ..adapters.backbone import linear_layers
 from ..adapters.blend import Blend
+from ..adapters.delta import LowRank
+from ..adapters.errors import ModuleError
 from ..adapters.lora import Module
 
 WHOLE_STACK_SHARE = 2 / 3
@@ -137,9 +140,11 @@ class ModuleStack:
         """Copy a module's factors into free ranks.
 
         Raises:
-            ModuleError: it does not fit the model's layers.
+            ModuleError: it does not fit the model's layers or its dtype.
         """
         module.check(self.shapes)
+        dtype = next(self._model.parameters()).dtype
+        factors = {n: _factors(d, dtype, where=n) for n, d in module.deltas.items()}
         low = self._free_slice(module.rank)
         self._reserve(low + module.rank)
         for name in module.deltas.keys() - self._layers.keys():
@@ -147,9 +152,10 @@ class ModuleStack:
         for name, layer in self._layers.items():
             layer.a[low : low + module.rank] = 0
             layer.b[low : low + module.rank] = 0
-            if delta := module.deltas.get(name):
-                layer.a[low : low + delta.rank] = delta.right.to(layer.a)
-                layer.b[low : low + delta.rank] = delta.left.T.to(layer.b)
+            if name in factors:
+                a, b = factors[name]
+                layer.a[low : low + a.shape[0]] = a.to(layer.a)
+                layer.b[low : low + b.shape[0]] = b.to(layer.b)
         self._slices[module.digest] = (low, low + module.rank)
 
     def remove(self, digest: str) -> None:
@@ -204,6 +210,24 @@ class ModuleStack:
         layer.resize(self._capacity)
         setattr(parent, leaf, layer)
         return layer
+
+
+def _factors(delta: LowRank, dtype: torch.dtype, *, where: str) -> tuple[Tensor, Tensor]:
+    """A [r, i] and B [r, o] of a delta in the model's dtype, with no entry of A above 1.
+
+    A row of the batch is multiplied by all the ranks that its neighbours need, then by gates of
+    zero: what overflows there would be NaN in the neighbour. The power of two that goes from A
+    to B keeps every bit.
+    """
+    peak = float(delta.right.abs().max()) if delta.rank else 0.0
+    exponent = max(0, math.frexp(peak)[1])
+    a = (delta.right.double() * 2.0**-exponent).to(dtype)
+    b = (delta.left.T.double() * 2.0**exponent).to(dtype)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ModuleError(
+            f"the change of {where!r} is too large for {dtype}: its training diverged"
+        )
+    return a, b
 
 
 def _resized(rows: Tensor, count: int) -> Tensor:

@@ -40,13 +40,20 @@ class TextStream:
 
     def flush(self) -> str:
         """What was held back, once no more tokens come; bytes that make no character become �."""
-        rest = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True)
         shown, self._held, self._pending = self._held + rest, "", []
         return shown
 
     def _decode(self, token_id: int) -> str:
         """The characters that this token completes."""
-        piece = self._stream.step(self._tokenizer, token_id)
+        try:
+            piece = self._stream.step(self._tokenizer, token_id)
+        except Exception as error:  # tokenizers has no error class of its own
+            if not str(error).startswith("Invalid prefix"):
+                raise
+            # Bytes that make no character changed how the ones before them decode: begin anew.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            piece = self._tokenizer.decode([*self._pending, token_id], skip_special_tokens=True)
         if piece is None:
             self._pending.append(token_id)
             return ""

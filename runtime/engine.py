@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,8 +41,9 @@ class Generation:
     def deliver(self, event: TokenEvent) -> None:
         """Called by the engine, from its own thread."""
         self._events.put(event)
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._arrived.set)
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the consumer's loop was closed: nobody waits
+                self._loop.call_soon_threadsafe(self._arrived.set)
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while True:

@@ -86,9 +86,15 @@ def context_length(config: Any, wanted: int | None) -> int:  # noqa: ANN401
     """Most tokens of a sequence: what is wanted, else what the model was trained for, up to 4,096.
 
     Raises:
+        UnsupportedModelError: the configuration states no limit.
         EngineError: the model cannot take as many.
     """
-    trained: int = config.get_text_config().max_position_embeddings
+    trained: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if trained is None:
+        raise UnsupportedModelError(
+            f"a {config.model_type} model states no max_position_embeddings: "
+            "choose a backbone with rotary or learned positions"
+        )
     if wanted is None:
         return min(trained, 4096)
     if not 2 <= wanted <= trained:

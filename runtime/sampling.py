@@ -42,12 +42,12 @@ class Sampled:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | None]:
-    """Choose a token per row; None where the logits hold NaN or no finite value.
+    """Choose a token per row; None where the logits hold NaN or +inf, or no finite value.
 
     logits: [n, vocabulary], any float dtype; computed in float32.
     """
     logits = logits.float()
-    is_sound = (logits.isfinite().any(-1) & ~logits.isnan().any(-1)).tolist()
+    is_sound = logits.amax(-1).isfinite().tolist()  # NaN wins every maximum
     adjusted = _adjust(logits, states)
     tokens = adjusted.argmax(-1)
     random_rows = [i for i, s in enumerate(states) if is_sound[i] and not s.params.is_greedy]
@@ -81,6 +81,8 @@ def _adjust_row(row: Tensor, state: SamplingState) -> None:
         row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
     for token_id, bias in params.logit_bias.items():
         row[token_id] += bias
+    largest = torch.finfo(row.dtype).max
+    row.clamp_(-largest, largest)  # a huge bias must not leave inf, of which no softmax can be had
 
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -93,7 +95,8 @@ def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    sharp = logits.double() / column([p.temperature for p in params])
+    below_best = logits.double() - logits.double().amax(-1, keepdim=True)  # the best stays finite
+    sharp = below_best / column([p.temperature for p in params])
     ordered, token_ids = sharp.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(-1)
     probabilities[probabilities < column([p.min_p for p in params]) * probabilities[:, :1]] = 0

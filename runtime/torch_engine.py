@@ -368,7 +368,7 @@ class TorchEngine:
         def run() -> None:
             try:
                 task()
-            except EngineError as error:
+            except Exception as error:  # whatever it is, the caller waits for it
                 done.set_exception(error)
             else:
                 done.set_result(None)

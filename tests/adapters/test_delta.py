@@ -15,13 +15,12 @@ seeds = st.integers(0, 2**16)
 
 def make_delta(o: int, i: int, r: int, *, seed: int = 0) -> LowRank:
     generator = torch.Generator().manual_seed(seed)
-    return LowRank(
-        torch.randn(o, r, generator=generator), torch.randn(r, i, generator=generator)
-    )
+    return LowRank(torch.randn(o, r, generator=generator), torch.randn(r, i, generator=generator))
 
 
 def spectrum(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.svdvals(matrix.double())
+    singular: torch.Tensor = torch.linalg.svdvals(matrix.double())
+    return singular
 
 
 @settings(deadline=None, max_examples=50)

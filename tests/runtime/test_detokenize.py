@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from mergeroute.runtime.detokenize import TextStream
 
@@ -147,6 +150,41 @@ def test_bytes_that_make_no_character_are_shown_as_such_and_never_lost(
 @given(st.lists(st.integers(0, 255), max_size=12))
 def test_any_bytes_are_shown_as_the_whole_decode_shows_them(ids: list[int]) -> None:
     assert "".join(stream(ids)[0]) == TOKENIZER.decode(ids)
+
+
+def make_fallback_tokenizer() -> Any:
+    """As Llama 2, Mistral and Gemma have it: words with spaces as ▁, other characters in bytes."""
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}}
+    for word in ("▁", "▁Hello", "▁the", "a", "ä"):
+        vocabulary[word] = len(vocabulary)
+    model = models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+FALLBACK = make_fallback_tokenizer()
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(1, 261) | st.integers(129, 261) | st.just(258), max_size=10))
+def test_bytes_between_words_break_no_stream(ids: list[int]) -> None:
+    """A token's bytes may change how those before it decode; what follows is shown all the same."""
+    out = TextStream(FALLBACK)
+    shown = "".join([*(out.push(token) for token in ids), out.flush()])
+    whole = FALLBACK.decode(ids)
+    if "\ufffd" not in whole:
+        assert shown == whole
+    assert shown.count("Hello") == ids.count(FALLBACK.convert_tokens_to_ids("▁Hello"))
+
+
+def test_words_and_bytes_of_a_fallback_tokenizer() -> None:
+    words = [FALLBACK.convert_tokens_to_ids(word) for word in ("▁Hello", "▁the", "a")]
+    snake = [1 + byte for byte in "🐍".encode()]
+    out = TextStream(FALLBACK)
+    shown = [out.push(token) for token in [*words, *snake, words[1]]]
+    assert shown == ["Hello", " the", "a", "", "", "", "🐍", " the"]
 
 
 def test_a_stop_text_ends_before_what_is_incomplete() -> None:
