@@ -52,7 +52,7 @@ class Backbone:
     def layers(self) -> Mapping[str, tuple[int, int]]:
         """The linear layers a module may change: name to (out, in); see `linear_layers`."""
         try:
-            config = transformers.AutoConfig.from_pretrained(self.path)
+            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config)
         except (ValueError, KeyError, OSError, AttributeError) as error:

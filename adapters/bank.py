@@ -196,7 +196,7 @@ def write_bank(
 
     write_router: writes the router's files into the folder it is given.
     embed_backbone: False refers to the backbone's path instead of copying it.
-    force: replace what stands at `path`.
+    force: replace the bank that stands at `path`; nothing but a bank is replaced.
 
     Raises:
         BankError: `path` exists, a name is not allowed, or a module folder is incomplete.
@@ -204,6 +204,8 @@ def write_bank(
     target = Path(path).expanduser()
     if target.exists() and not force:
         raise BankError(f"{target} exists: choose another folder or force the replacement")
+    if target.is_file() or (target.is_dir() and not _is_replaceable(target)):
+        raise BankError(f"{target} is no bank and will not be replaced: choose another folder")
     _check_names([name, *(module.name for module in modules)])
     with _staging(target) as folder:
         if embed_backbone:
@@ -230,6 +232,10 @@ def write_bank(
         (folder / MANIFEST).write_text(text, encoding="utf-8")
         Bank.open(folder)  # what cannot be opened takes nobody's place
     return Bank.open(target, verify=False)
+
+
+def _is_replaceable(target: Path) -> bool:
+    return (target / MANIFEST).is_file() or not any(target.iterdir())
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -390,8 +396,13 @@ def _staging(target: Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, old / target.name)
-            os.rename(folder, target)
-            shutil.rmtree(old)
+            try:
+                os.rename(folder, target)
+            except OSError:
+                os.rename(old / target.name, target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(folder, target)
     finally:

@@ -14,11 +14,14 @@ import platform
 import random
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import TextIO
 
 import openai
 from rich.console import Console
@@ -144,17 +147,24 @@ def share(flags: Sequence[bool]) -> float:
 def demo_server() -> Iterator[str]:
     """`mergeroute demo` on a free port, for the length of the block."""
     command = [str(Path(sys.executable).parent / "mergeroute"), "demo", "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    try:
-        for line in server.stderr:
-            if "ready:" in line:
-                yield line.split()[1]
-                return
-        raise SystemExit("the demo server did not start")
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would fill up
+        server = subprocess.Popen(command, stderr=log, text=True)
+        try:
+            yield wait_until_ready(server, log)
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def wait_until_ready(server: subprocess.Popen[str], log: TextIO) -> str:
+    """The URL that the server prints once it serves."""
+    while server.poll() is None:
+        log.seek(0)
+        for line in log:
+            if line.startswith("ready:"):
+                return line.split()[1]
+        time.sleep(0.2)
+    raise SystemExit("the demo server did not start")
 
 
 def show(figures: Sequence[Figures]) -> None:

@@ -24,6 +24,7 @@ class Generation:
 
     def __init__(self) -> None:
         self.cached_tokens = 0
+        self._is_over = False
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -46,15 +47,14 @@ class Generation:
                 self._loop.call_soon_threadsafe(self._arrived.set)
 
     def __iter__(self) -> Iterator[TokenEvent]:
-        while True:
+        while not self._is_over:
             event = self._events.get()
+            self._is_over = event.finish_reason is not None
             yield event
-            if event.finish_reason is not None:
-                return
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         self._loop = asyncio.get_running_loop()
-        while True:
+        while not self._is_over:
             try:
                 event = self._events.get_nowait()
             except queue.Empty:
@@ -62,9 +62,8 @@ class Generation:
                 if self._events.empty():
                     await self._arrived.wait()
                 continue
+            self._is_over = event.finish_reason is not None
             yield event
-            if event.finish_reason is not None:
-                return
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,14 @@ class Engine(Protocol):
     @property
     def max_length(self) -> int:
         """Most tokens of prompt and completion together."""
+
+    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+        """Refuse a prompt that cannot run, before anything is spent on it.
+
+        Raises:
+            ContextLengthError: it leaves no room for a token.
+            RequestError: it is empty, or holds an id that is no token.
+        """
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Put a request into the running batch.

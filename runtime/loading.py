@@ -58,7 +58,11 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any: 
     """
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
@@ -72,7 +76,9 @@ def load_tokenizer(path: Path) -> Any:  # noqa: ANN401
         UnsupportedModelError: there is none.
     """
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path} has no usable tokenizer: {error}") from error
     if not tokenizer.is_fast:

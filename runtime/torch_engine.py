@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from ..adapters.errors import (
-    ContextLengthError,
     EngineError,
     EngineStoppedError,
-    RequestError,
     UnknownModuleError,
 )
 from ..adapters.lora import Module
+from .admission import Admission
 from .attention import KVCache, PackedBatch, packed
 from .blended import BlendPlan, ModuleStack, blending
 from .compatibility import prepare_model
@@ -37,7 +36,7 @@ from .loading import (
     load_model,
     load_tokenizer,
 )
-from .packing import blend_segments, pack
+from .packing import blend_segments, pack, pad_rows
 from .prefix_cache import Reuse
 from .sampling import Sampled, SamplingState, sample
 from .scheduler import Chunk, Scheduler, Sequence
@@ -94,13 +93,16 @@ class TorchEngine:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self._limits = options
-        self._max_length = context_length(model.config, options.max_length)
+        self._admission = Admission(
+            max_length=context_length(model.config, options.max_length),
+            vocabulary=model.config.get_text_config().vocab_size,
+            has_tokenizer=tokenizer is not None,
+        )
         self._eos = end_tokens(model)
         prepare_model(model)
         self._stack = ModuleStack(model)
         self._encoders: dict[int, Encoder] = {}
-        self._cache = KVCache(options.max_concurrency, self._max_length)
+        self._cache = KVCache(options.max_concurrency, self.max_length)
         self._scheduler = Scheduler(
             slots=options.max_concurrency,
             token_budget=options.token_budget,
@@ -145,11 +147,15 @@ class TorchEngine:
     @property
     def max_length(self) -> int:
         """Most tokens of prompt and completion together."""
-        return self._max_length
+        return self._admission.max_length
+
+    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+        """Refuse a prompt that cannot run; errors as in `Engine.check_prompt`."""
+        self._admission.check_prompt(prompt_ids)
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Put a request into the running batch; errors as in `Engine.submit`."""
-        limit = self._check(request)
+        limit = self._admission.check(request)
         sampling = request.sampling
         sequence = Sequence(
             generation=Generation(),
@@ -287,8 +293,8 @@ class TorchEngine:
             if not last_rows:
                 self.model.base_model(**inputs)
                 return {}
-            keep = torch.tensor(last_rows, device=device)
-            logits = self.model(**inputs, logits_to_keep=keep).logits[0]  # [ends, vocabulary]
+            keep = torch.tensor(pad_rows(last_rows), device=device)
+            logits = self.model(**inputs, logits_to_keep=keep).logits[0, : len(last_rows)]
         ends = [chunk.sequence for chunk in chunks if chunk.is_last]
         return dict(zip(ends, sample(logits, [s.sampling for s in ends]), strict=True))
 
@@ -311,17 +317,16 @@ class TorchEngine:
         if sampled is None:
             self._fail(sequence, "the logits hold NaN or inf: the blend's weights are too large")
             return
-        token = sampled.token_id
-        sequence.tokens.append(token)
+        sequence.tokens.append(sampled.token_id)
         sequence.generated += 1
         self._count(generated_tokens=1)
-        if token in sequence.end_tokens:
-            text = sequence.text.flush() if sequence.text else ""
-            self._finish(sequence, TokenEvent(token, text, finish_reason=FinishReason.STOP))
+        try:
+            event = _event(sequence, sampled)
+        except Exception as error:
+            logger.exception("a token could not be decoded")
+            self._fail(sequence, f"token {sampled.token_id} could not be decoded: {error}")
             return
-        text, reason = _shown(sequence, token)
-        event = TokenEvent(token, text, sampled.logprob, sampled.top_logprobs, reason)
-        if reason:
+        if event.finish_reason:
             self._finish(sequence, event)
         else:
             sequence.generation.deliver(event)
@@ -394,41 +399,18 @@ class TorchEngine:
             current, **{name: getattr(current, name) + by for name, by in increments.items()}
         )
 
-    def _check(self, request: GenerationRequest) -> int:
-        """Refuse what cannot run; returns how many tokens may be generated."""
-        length, wanted = len(request.prompt_ids), request.sampling.max_tokens
-        if not length:
-            raise RequestError("the prompt is empty: give at least one token", parameter="prompt")
-        if length >= self.max_length:
-            raise ContextLengthError(
-                f"the prompt is {length:,} tokens, the limit is {self.max_length:,} with room for "
-                "one more (max_length): shorten it",
-                parameter="prompt",
-            )
-        if wanted is not None and length + wanted > self.max_length:
-            raise ContextLengthError(
-                f"the prompt is {length:,} tokens and max_tokens is {wanted:,}, together they may "
-                f"be {self.max_length:,} (max_length): lower one of them",
-                parameter="max_tokens",
-            )
-        vocabulary = self.model.config.get_text_config().vocab_size
-        ids = {"prompt": request.prompt_ids, "logit_bias": request.sampling.logit_bias}
-        for name, tokens in ids.items():
-            if wrong := next((token for token in tokens if not 0 <= token < vocabulary), None):
-                raise RequestError(
-                    f"{name} holds token {wrong}, the vocabulary has 0 to {vocabulary - 1}",
-                    parameter=name,
-                )
-        if request.sampling.stop and self.tokenizer is None:
-            raise RequestError("stop texts need a tokenizer: use stop_token_ids", parameter="stop")
-        return wanted or self.max_length - length
 
-
-def _shown(sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
-    """The text to show after a token that ends nothing by itself, and whether it ends now."""
-    text = sequence.text.push(token) if sequence.text else ""
-    if sequence.text and sequence.text.is_stopped:
-        return text, FinishReason.STOP
-    if sequence.generated >= sequence.limit:
-        return text + (sequence.text.flush() if sequence.text else ""), FinishReason.LENGTH
-    return text, None
+def _event(sequence: Sequence, sampled: Sampled) -> TokenEvent:
+    """What to tell of a token that was appended; an end token shows neither text nor logprob."""
+    token, text = sampled.token_id, sequence.text
+    if token in sequence.end_tokens:
+        shown = text.flush() if text else ""
+        return TokenEvent(token, shown, finish_reason=FinishReason.STOP)
+    shown = text.push(token) if text else ""
+    reason = None
+    if text and text.is_stopped:
+        reason = FinishReason.STOP
+    elif sequence.generated >= sequence.limit:
+        shown += text.flush() if text else ""
+        reason = FinishReason.LENGTH
+    return TokenEvent(token, shown, sampled.logprob, sampled.top_logprobs, reason)

@@ -64,6 +64,8 @@ class Service:
     def _assign(self, body: GenerationBody) -> list[Assignment]:
         target = self.targets.resolve(body.model, body.blend)
         prompts = _prompts(body, target.hosted.tokenizer)
+        for prompt in prompts:
+            target.hosted.engine.check_prompt(prompt.token_ids)
         return [Assignment(target, prompt, _decide(target, prompt)) for prompt in prompts]
 
     def submit(self, body: GenerationBody, assignments: Sequence[Assignment]) -> list[Choice]:

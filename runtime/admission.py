@@ -1,0 +1,69 @@
+"""What is refused before it is admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..adapters.errors import ContextLengthError, RequestError
+from .types import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The limits that a request must keep.
+
+    max_length: most tokens of prompt and completion. vocabulary: number of token ids.
+    has_tokenizer: whether stop texts can be found.
+    """
+
+    max_length: int
+    vocabulary: int
+    has_tokenizer: bool
+
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Refuse a prompt that cannot run.
+
+        Raises:
+            ContextLengthError: it leaves no room for a token.
+            RequestError: it is empty, or holds an id that is no token.
+        """
+        length = len(prompt_ids)
+        if not length:
+            raise RequestError("the prompt is empty: give at least one token", parameter="prompt")
+        if length >= self.max_length:
+            raise ContextLengthError(
+                f"the prompt is {length:,} tokens, the limit is {self.max_length:,} with room for "
+                "one more (max_length): shorten it",
+                parameter="prompt",
+            )
+        self._check_ids(prompt_ids, parameter="prompt")
+
+    def check(self, request: GenerationRequest) -> int:
+        """Refuse a request that cannot run; returns how many tokens it may generate.
+
+        Raises:
+            ContextLengthError: prompt and `max_tokens` do not fit together.
+            RequestError: another fault; `parameter` names it.
+        """
+        self.check_prompt(request.prompt_ids)
+        length, wanted = len(request.prompt_ids), request.sampling.max_tokens
+        if wanted is not None and length + wanted > self.max_length:
+            raise ContextLengthError(
+                f"the prompt is {length:,} tokens and max_tokens is {wanted:,}, together they may "
+                f"be {self.max_length:,} (max_length): lower one of them",
+                parameter="max_tokens",
+            )
+        self._check_ids(request.sampling.logit_bias, parameter="logit_bias")
+        if request.sampling.stop and not self.has_tokenizer:
+            raise RequestError("stop texts need a tokenizer: use stop_token_ids", parameter="stop")
+        return wanted or self.max_length - length
+
+    def _check_ids(self, token_ids: Iterable[int], *, parameter: str) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self.vocabulary:
+                raise RequestError(
+                    f"{parameter} holds token {token_id}, the vocabulary has 0 to "
+                    f"{self.vocabulary - 1}",
+                    parameter=parameter,
+                )
