@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +99,19 @@ def test_the_guard_itself_sees_every_form_of_import(
     name: str, source: str, found: list[str]
 ) -> None:
     assert forbidden(ast.parse(source), tuple(name.split("/"))) == found
+
+
+def test_the_wheel_holds_every_package_and_the_demo_bank(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    ignored = shutil.ignore_patterns(".venv", ".git", "build", "*_cache", "*.egg-info")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (wheel,) = out.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("adapters", "routers", "runtime", "serving"):
+        files = [
+            p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+        ]
+        assert {f"mergeroute/{p.relative_to(ROOT).as_posix()}" for p in files} <= names
+    assert "mergeroute/serving/demo_bank/manifest.json" in names

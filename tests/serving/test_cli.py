@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +19,7 @@ from mergeroute.adapters.bank import Bank
 from mergeroute.serving.cli import main
 
 from ..tiny import make_model, make_module
-
-MERGEROUTE = Path(sys.executable).parent / "mergeroute"
+from .process import MERGEROUTE, serving
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -32,33 +30,6 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def bank_path(bank: Bank) -> Path:
     return bank.backbone.path.parent
-
-
-class serving:
-    """A server process for the length of a block; the block gets its URL."""
-
-    def __init__(self, *arguments: object) -> None:
-        command = [str(MERGEROUTE), *map(str, arguments), "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-
-    def __enter__(self) -> str:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if match := re.search(r"ready: (http://\S+)/v1", line):
-                return match[1]
-        raise AssertionError("the server did not start: " + "".join(self.lines))
-
-    def __exit__(self, *_: object) -> None:
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(timeout=20)
-        finally:
-            self.process.kill()
-            assert self.process.stderr is not None
-            self.lines += self.process.stderr.readlines()
-            self.process.stderr.close()
 
 
 def test_serve_answers_until_it_is_interrupted(bank_path: Path) -> None:
