@@ -34,9 +34,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 zoo: $(STAMP)
-	$(BIN)/python -m examples.zoo --out build/zoo
+	$(BIN)/python -m examples.zoo --out build/zoo --bank serving/demo_bank
+	cp build/zoo/data/test.jsonl examples/zoo/test.jsonl
+	cp build/zoo/table.json build/zoo/summary.json docs/zoo/
 
 bench: $(STAMP)
+	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.engine
 
 clean:

@@ -1,0 +1,42 @@
+"""The zoo in miniature: a few steps of training, but every file, table and the bank."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from mergeroute.adapters.bank import Bank
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_quick_zoo_makes_a_bank_and_its_tables(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.zoo", "--quick", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    bank = Bank.open(tmp_path / "bank")
+    assert len(bank.modules) >= 8
+    for entry in bank.modules:
+        coverage = bank.load(entry).coverage(bank.backbone.layers)
+        assert coverage.layers_matched == coverage.layers_total == 28
+    methods = {row["method"] for row in json.loads((tmp_path / "table.json").read_text())}
+    assert methods == {"base", "weight average", "routed"}
+    committed = (ROOT / "examples" / "zoo" / "test.jsonl").read_text("utf-8")
+    assert (tmp_path / "data" / "test.jsonl").read_text("utf-8") == committed
+
+
+def test_no_test_input_or_held_out_wording_is_trained_on() -> None:
+    code = """
+from random import Random
+from examples.zoo.tasks import evaluation_examples, load_tasks, router_examples, split_of
+for task in load_tasks().values():
+    assert len(task.known) >= 12 and len(task.held_out) >= 4, task.name
+    assert not set(task.known) & set(task.held_out), task.name
+    random = Random(0)
+    trained = [task.example(random, split="train") for _ in range(300)]
+    tested = [e for w in ("known", "held-out") for e in evaluation_examples(task, 50, wording=w)]
+    assert all(example.wording == "known" for example in trained)
+    assert not {e.prompt for e in trained} & {e.prompt for e in tested}, task.name
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
