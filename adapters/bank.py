@@ -10,105 +10,32 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pathlib import Path
+from typing import Any
 
 from .backbone import Backbone, checkpoint_files, digest_of_files
 from .digest import file_digest, json_digest
 from .errors import BankError
 from .lora import CONFIG_FILE, WEIGHTS_FILE, Module
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-RESERVED_NAMES = ("auto", "none", "backbone", "base", "blend")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from .manifest import (
+    MANIFEST,
+    BackboneEntry,
+    FileEntry,
+    Manifest,
+    ModuleEntry,
+    check_file,
+    check_folders,
+    check_names,
+    read_manifest,
+)
 
 Progress = Callable[[str], None]
 """Told the name of each file once it is read."""
-
-
-def check_name(name: str) -> str:
-    """A name of a bank or module that requests can use.
-
-    Raises:
-        ValueError: other characters than letters, digits, `.`, `_`, `-`, or a reserved word.
-    """
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"name {name!r} is not allowed: 1 to 64 letters, digits, '.', '_' or '-', "
-            "beginning with a letter or digit"
-        )
-    if name in RESERVED_NAMES:
-        raise ValueError(f"name {name!r} is reserved: choose another ({', '.join(RESERVED_NAMES)})")
-    return name
-
-
-def _check_path(path: str) -> str:
-    pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
-        raise ValueError(f"path {path!r} leads out of the bank: relative, without '..'")
-    return path
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BackboneEntry(_Strict):
-    """Where the backbone is: inside the bank, or a folder or hub id outside."""
-
-    name: str = Field(description="what requests call it")
-    folder: Annotated[str, AfterValidator(_check_path)] | None = Field(
-        None, description="folder inside the bank"
-    )
-    reference: str | None = Field(None, description="folder or hub id outside the bank")
-    digest: str = Field(description="content digest of the checkpoint")
-
-
-class ModuleEntry(_Strict):
-    """One module of a bank."""
-
-    name: Annotated[str, AfterValidator(check_name)] = Field(description="what requests call it")
-    folder: Annotated[str, AfterValidator(_check_path)] = Field(description="its PEFT folder")
-    description: str = Field("", description="what it is for, one sentence")
-    samples: tuple[str, ...] = Field((), description="prompts it is for")
-    provenance: dict[str, Any] = Field(default_factory=dict, description="how it came about")
-
-
-class FileEntry(_Strict):
-    """Size and digest of one file."""
-
-    bytes: int = Field(ge=0, description="size")
-    digest: str = Field(description="sha256 of its bytes")
-
-
-class Manifest(_Strict):
-    """The bank's table of contents. Its own digest names the bank."""
-
-    format: Literal["mergeroute-bank"] = Field("mergeroute-bank", description="what this file is")
-    version: int = Field(FORMAT_VERSION, description="format version")
-    name: Annotated[str, AfterValidator(check_name)] = Field(description="what requests call it")
-    backbone: BackboneEntry
-    modules: tuple[ModuleEntry, ...] = Field(description="in the router's order")
-    router: Annotated[str, AfterValidator(_check_path)] | None = Field(
-        None, description="folder of the router"
-    )
-    files: dict[Annotated[str, AfterValidator(_check_path)], FileEntry] = Field(
-        description="every file of the bank but this one"
-    )
-
-    @property
-    def digest(self) -> str:
-        """The bank's content digest."""
-        return json_digest(self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -146,11 +73,11 @@ class Bank:
             BackboneError: the manifest refers to a backbone that is not there.
         """
         folder = Path(path).expanduser().resolve()
-        manifest = _read_manifest(folder)
-        _check_names([manifest.name, *(module.name for module in manifest.modules)])
-        _check_folders(folder, manifest)
+        manifest = read_manifest(folder)
+        check_names([manifest.name, *(module.name for module in manifest.modules)])
+        check_folders(folder, manifest)
         for name, entry in manifest.files.items():
-            _check_file(folder, name, entry, verify=verify)
+            check_file(folder, name, entry, verify=verify)
             if progress:
                 progress(name)
         return cls(
@@ -168,7 +95,7 @@ class Bank:
         Raises:
             BankError: a name is not allowed or given twice, or a folder is incomplete.
         """
-        _check_names([name, *(module.name for module in modules)])
+        check_names([name, *(module.name for module in modules)])
         digests = {module.name: _module_digests(module) for module in modules}
         digest = json_digest({"name": name, "backbone": backbone.digest, "modules": digests})
         return cls(name=name, digest=digest, backbone=backbone, modules=tuple(modules))
@@ -206,7 +133,7 @@ def write_bank(
         raise BankError(f"{target} exists: choose another folder or force the replacement")
     if target.is_file() or (target.is_dir() and not _is_replaceable(target)):
         raise BankError(f"{target} is no bank and will not be replaced: choose another folder")
-    _check_names([name, *(module.name for module in modules)])
+    check_names([name, *(module.name for module in modules)])
     with _staging(target) as folder:
         if embed_backbone:
             _copy_files(checkpoint_files(backbone.path), folder / "backbone")
@@ -236,62 +163,6 @@ def write_bank(
 
 def _is_replaceable(target: Path) -> bool:
     return (target / MANIFEST).is_file() or not any(target.iterdir())
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise BankError(f"{folder} is no bank: it holds no {MANIFEST}")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise BankError(f"{path} is damaged: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != "mergeroute-bank":
-        raise BankError(
-            f"{path} is not the manifest of a bank: format 'mergeroute-bank' is missing"
-        )
-    version = document.get("version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise BankError(
-            f"{path} has format version {version}, this program reads 1 to {FORMAT_VERSION}: "
-            "upgrade mergeroute"
-        )
-    try:
-        return Manifest.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BankError(f"{path} is damaged at {where!r}: {first['msg']}") from error
-
-
-def _check_folders(folder: Path, manifest: Manifest) -> None:
-    """Each folder that is served holds listed files, and no others: a reader would pick them up."""
-    folders = [manifest.backbone.folder, manifest.router, *(m.folder for m in manifest.modules)]
-    for name in filter(None, folders):
-        if not any(file.startswith(f"{name.rstrip('/')}/") for file in manifest.files):
-            raise BankError(f"{folder / MANIFEST} lists no file of {name}: the bank is incomplete")
-        for path in (folder / name).rglob("*"):
-            if not path.is_dir() and path.relative_to(folder).as_posix() not in manifest.files:
-                raise BankError(f"{path} is not in the manifest: remove it or build the bank again")
-
-
-def _check_file(folder: Path, name: str, entry: FileEntry, *, verify: bool) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise BankError(f"{path} is missing: the bank is incomplete, copy it again")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BankError(f"{path} is a link out of the bank, which is not allowed: copy the file in")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise BankError(
-            f"{path} has {size:,} bytes, the manifest says {entry.bytes:,}: it is truncated or "
-            "changed, copy the bank again"
-        )
-    if verify and (digest := file_digest(path)) != entry.digest:
-        raise BankError(
-            f"{path} has digest {digest}, the manifest says {entry.digest}: it is corrupt or was "
-            "changed, copy the bank again"
-        )
 
 
 def _open_backbone(folder: Path, manifest: Manifest) -> Backbone:
@@ -372,17 +243,6 @@ def _copy_files(files: Sequence[Path], folder: Path) -> None:
     folder.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)
-
-
-def _check_names(names: Sequence[str]) -> None:
-    try:
-        for name in names:
-            check_name(name)
-    except ValueError as error:
-        raise BankError(str(error)) from error
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise BankError(f"the name {min(twice)!r} is given twice: bank and modules share one space")
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..adapters.backbone import Backbone
-from ..adapters.bank import MANIFEST, Bank
+from ..adapters.bank import Bank
 from ..adapters.errors import MergerouteError
 from ..adapters.lora import CONFIG_FILE, Coverage, Module
+from ..adapters.manifest import MANIFEST
 
 
 class InspectError(MergerouteError):

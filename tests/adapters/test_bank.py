@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from mergeroute.adapters.backbone import Backbone
-from mergeroute.adapters.bank import MANIFEST, RESERVED_NAMES, Bank, BankModule, write_bank
+from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.adapters.errors import BackboneError, BankError
 from mergeroute.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, Module
+from mergeroute.adapters.manifest import MANIFEST, RESERVED_NAMES
 
 from ..tiny import make_model, make_module, make_tokenizer
 
