@@ -14,6 +14,7 @@ UNITS = 64
 MAX_WEIGHT = 8.0
 _NAME = re.compile(r"[^\s=,]+")
 _PREFIX = "blend:"
+_PLAIN = re.compile(r"[-+.0-9a-zA-Z]+")
 
 
 @dataclass(frozen=True, init=False)
@@ -42,12 +43,12 @@ class Blend(Mapping[str, float]):
         Raises:
             BlendError: the text has another form, names a module twice or holds a bad weight.
         """
-        body = text.removeprefix(_PREFIX).strip()
+        body = text.removeprefix(_PREFIX).strip(" ")
         if body in ("", "none"):
             return cls()
         weights: dict[str, float] = {}
         for part in body.split(","):
-            name, equals, number = part.strip().rpartition("=")
+            name, equals, number = part.strip(" ").rpartition("=")
             if not equals:
                 raise BlendError(f"{part!r} in blend {text!r} has no weight: write name=weight")
             if name in weights:
@@ -108,6 +109,8 @@ def _snap(name: str, weight: float) -> int:
 
 def _number(name: str, text: str) -> float:
     try:
+        if not _PLAIN.fullmatch(text):  # float() also takes other scripts' digits, '_' and newlines
+            raise ValueError(text)
         return float(text)
     except ValueError as error:
         raise BlendError(f"weight {text!r} of {name!r} is not a number") from error

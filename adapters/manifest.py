@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     version = document.get("version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise BankError(
-            f"{path} has format version {version}, this program reads 1 to {FORMAT_VERSION}: "
+            f"{path} has format version {version}, this program reads version {FORMAT_VERSION}: "
             "upgrade mergeroute"
         )
     try:

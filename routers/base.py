@@ -62,6 +62,7 @@ class Decision:
     """What a router decided, and why.
 
     scores: weight of each module before it was cut and snapped. confidence: of the best one.
+    distance: of the prompt from what the router was fitted on, when the scorer can tell.
     threshold: the distance above which the router abstains, when its policy has one.
     milliseconds: time the decision took.
     """
@@ -69,6 +70,7 @@ class Decision:
     blend: Blend
     scores: Mapping[str, float] = field(default_factory=dict)
     confidence: float = 1.0
+    distance: float | None = None
     threshold: float | None = None
     runner_up: str | None = None
     router: str = "none"

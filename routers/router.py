@@ -30,6 +30,7 @@ class Router:
             blend=Blend(weighing.weights),
             scores=weighing.confidences,
             confidence=ranked[0][1] if ranked else 0.0,
+            distance=scores.distance,
             threshold=weighing.threshold,
             runner_up=ranked[1][0] if len(ranked) > 1 else None,
             router=self.scorer.name,

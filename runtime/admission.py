@@ -21,20 +21,14 @@ class Admission:
     vocabulary: int
     has_tokenizer: bool
 
-    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
-        """Refuse a prompt that cannot run.
-
-        Raises:
-            ContextLengthError: it leaves no room for a token.
-            RequestError: it is empty, or holds an id that is no token.
-        """
+    def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
         length = len(prompt_ids)
         if not length:
             raise RequestError("the prompt is empty: give at least one token", parameter="prompt")
         if length >= self.max_length:
             raise ContextLengthError(
-                f"the prompt is {length:,} tokens, the limit is {self.max_length:,} with room for "
-                "one more (max_length): shorten it",
+                f"the prompt is {length:,} tokens, the limit is {self.max_length - 1:,} to leave "
+                f"room for an answer in {self.max_length:,} (max_length): shorten it",
                 parameter="prompt",
             )
         self._check_ids(prompt_ids, parameter="prompt")
@@ -43,10 +37,10 @@ class Admission:
         """Refuse a request that cannot run; returns how many tokens it may generate.
 
         Raises:
-            ContextLengthError: prompt and `max_tokens` do not fit together.
+            ContextLengthError: the prompt leaves no room, or not enough for `max_tokens`.
             RequestError: another fault; `parameter` names it.
         """
-        self.check_prompt(request.prompt_ids)
+        self._check_prompt(request.prompt_ids)
         length, wanted = len(request.prompt_ids), request.sampling.max_tokens
         if wanted is not None and length + wanted > self.max_length:
             raise ContextLengthError(
@@ -55,6 +49,7 @@ class Admission:
                 parameter="max_tokens",
             )
         self._check_ids(request.sampling.logit_bias, parameter="logit_bias")
+        self._check_ids(request.sampling.stop_token_ids, parameter="stop_token_ids")
         if request.sampling.stop and not self.has_tokenizer:
             raise RequestError("stop texts need a tokenizer: use stop_token_ids", parameter="stop")
         return wanted or self.max_length - length

@@ -86,12 +86,12 @@ class Engine(Protocol):
     def max_length(self) -> int:
         """Most tokens of prompt and completion together."""
 
-    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
-        """Refuse a prompt that cannot run, before anything is spent on it.
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse a request that cannot run, before anything is spent on it; the blend is not looked
+        at.
 
         Raises:
-            ContextLengthError: it leaves no room for a token.
-            RequestError: it is empty, or holds an id that is no token.
+            ContextLengthError, RequestError: as `submit`.
         """
 
     def submit(self, request: GenerationRequest) -> Generation:

@@ -149,9 +149,9 @@ class TorchEngine:
         """Most tokens of prompt and completion together."""
         return self._admission.max_length
 
-    def check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
-        """Refuse a prompt that cannot run; errors as in `Engine.check_prompt`."""
-        self._admission.check_prompt(prompt_ids)
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse a request that cannot run; errors as in `Engine.check`."""
+        self._admission.check(request)
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Put a request into the running batch; errors as in `Engine.submit`."""

@@ -33,7 +33,7 @@ class SamplingParams:
     seed: the same tokens again, whatever else is in the batch; None draws a fresh one.
     frequency_penalty, presence_penalty: in [-2, 2], over the tokens generated.
     repetition_penalty: above 0, 1 is off; over prompt and generated tokens.
-    logit_bias: added to the logits, by token id.
+    logit_bias: added to the logits, by token id, in [-100, 100].
     stop: texts that end the generation and are not returned, up to 16.
     stop_token_ids: tokens that end it, besides the model's own end tokens.
     ignore_eos: go on past the model's own end tokens.
@@ -67,7 +67,7 @@ class SamplingParams:
         )
         _check("temperature", self.temperature, "between 0 and 2", 0 <= self.temperature <= 2)
         _check("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1)
-        _check("top_k", self.top_k, "0 (off) or more", self.top_k >= 0)
+        _check("top_k", self.top_k, "0 (off) to 2,147,483,647", 0 <= self.top_k < 2**31)
         _check("min_p", self.min_p, "between 0 and 1", 0 <= self.min_p <= 1)
         _check(
             "frequency_penalty",
@@ -90,8 +90,8 @@ class SamplingParams:
         _check(
             "logit_bias",
             dict(self.logit_bias),
-            "finite numbers",
-            all(map(math.isfinite, self.logit_bias.values())),
+            "between -100 and 100 per token",
+            all(abs(bias) <= 100 for bias in self.logit_bias.values()),
         )
         _check(
             "stop",

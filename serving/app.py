@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from importlib import metadata
+from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -24,16 +24,17 @@ from ..adapters.errors import MergerouteError
 from .errors import ApiError, describe, error_body, retry_headers
 from .metrics import Metrics, Stopwatch
 from .responses import ChatShape, CompletionShape, Progress
-from .schemas import ChatRequest, CompletionRequest, GenerationBody, without_no_effect
-from .service import Assignment, Service
+from .schemas import ChatRequest, CompletionRequest, GenerationBody
+from .service import Assignment, Choice, Service
 from .streaming import collect, server_sent_events
+from .validation import read_json, validate
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 4 << 20
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
 _CLIENT_CLOSED = 499
+_HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+"""Printable ASCII; a header holds other characters percent-encoded."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -52,18 +53,22 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(request, await _parse(request, ChatRequest), service, metrics)
+        return await _answer(
+            request, validate(await read_json(request), ChatRequest), service, metrics
+        )
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(request, await _parse(request, CompletionRequest), service, metrics)
+        return await _answer(
+            request, validate(await read_json(request), CompletionRequest), service, metrics
+        )
 
     @app.post("/v1/route")
     async def route(request: Request) -> dict[str, Any]:
-        document = await _read_json(request)
+        document = await read_json(request)
         if "messages" in document:
-            return await service.preview(_validate(document, ChatRequest))
-        return await service.preview(_validate(document, CompletionRequest))
+            return await service.preview(validate(document, ChatRequest))
+        return await service.preview(validate(document, CompletionRequest))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -71,13 +76,15 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.targets.resolve(name)
-        listed = {entry["id"]: entry for entry in service.targets.listing()}
-        return _model(listed.get(name, {"id": name}), started)
+        return _model(service.targets.describe(name), started)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": metadata.version("mergeroute")}
 
     @app.get("/metrics")
     async def exposition() -> Response:
@@ -90,40 +97,49 @@ async def _answer(
     request: Request, body: GenerationBody, service: Service, metrics: Metrics
 ) -> Response:
     """Assign, submit, and answer whole or as a stream."""
+    stopwatch = Stopwatch(metrics)
     assignments = await service.assign(body)
-    metrics.decided(assignments)
-    stopwatch = Stopwatch(metrics, assignments[0].hosted.bank.name)
+    headers = _headers(assignments)
     choices = service.submit(body, assignments)
+    metrics.decided(assignments)
     shape_kind = ChatShape if isinstance(body, ChatRequest) else CompletionShape
     shape = shape_kind(model=body.model, choices=choices, includes_usage=body.includes_usage)
-    headers = _headers(assignments)
     progress = [Progress(choice) for choice in choices]
     if body.stream:
-        lines = server_sent_events(
-            choices, shape, includes_usage=body.includes_usage, progress=progress
-        )
-        timed = _timed(lines, stopwatch, progress)
-        return StreamingResponse(timed, media_type="text/event-stream", headers=headers)
-    done = await _unless_disconnected(request, collect(choices))
-    stopwatch.finish(done)
-    return JSONResponse(shape.body(done), headers=headers)
-
-
-async def _timed(
-    lines: AsyncIterator[str], stopwatch: Stopwatch, progress: Sequence[Progress]
-) -> AsyncIterator[str]:
-    has_token = False
+        lines = server_sent_events(progress, shape, includes_usage=body.includes_usage)
+        return _Stream(lines, choices, on_end=lambda: stopwatch.finish(progress), headers=headers)
     try:
-        async for line in lines:
-            if not has_token and any(p.completion_tokens for p in progress):
-                has_token = True
-                stopwatch.first_token()
-            yield line
+        await _unless_disconnected(request, collect(progress))
     finally:
         stopwatch.finish(progress)
+    return JSONResponse(shape.body(progress), headers=headers)
 
 
-async def _unless_disconnected(request: Request, work: Awaitable[list[Progress]]) -> list[Progress]:
+class _Stream(StreamingResponse):
+    """Server-sent events of running choices, which end with the response however it ends."""
+
+    def __init__(
+        self,
+        lines: AsyncIterator[str],
+        choices: Sequence[Choice],
+        *,
+        on_end: Callable[[], None],
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        self._choices = choices
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for choice in self._choices:
+                choice.generation.cancel()
+            self._on_end()
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[None]) -> None:
     """Wait for the work, and give it up, cancelling its generations, when the client is gone."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
@@ -131,7 +147,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[list[Progress]]
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ApiError("the client closed the connection", status=_CLIENT_CLOSED)
-        return await working
+        await working
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -149,7 +165,8 @@ def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:
 
     def each(value: Callable[[Assignment], str]) -> str:
         values = [value(assignment) for assignment in assignments]
-        return values[0] if len(set(values)) == 1 else "; ".join(values)
+        joined = values[0] if len(set(values)) == 1 else "; ".join(values)
+        return quote(joined, safe=_HEADER_SAFE)
 
     return {
         "x-mergeroute-target": each(lambda a: a.target.name),
@@ -159,43 +176,6 @@ def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:
         "x-mergeroute-router": each(lambda a: a.decision.router),
         "x-mergeroute-confidence": each(lambda a: f"{a.decision.confidence:.4f}"),
     }
-
-
-async def _parse(request: Request, kind: type[_Body]) -> _Body:
-    return _validate(await _read_json(request), kind)
-
-
-async def _read_json(request: Request) -> dict[str, Any]:
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise ApiError(f"the body is over {MAX_BODY_BYTES:,} bytes: shorten it", status=413)
-    try:
-        document = json.loads(bytes(content))
-    except ValueError as error:
-        raise ApiError(f"the body is no JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ApiError("the body must be a JSON object")
-    return document
-
-
-def _validate(document: dict[str, Any], kind: type[_Body]) -> _Body:
-    """The body as its model; a parameter that is not known is refused by name."""
-    body = without_no_effect(document)
-    if unknown := sorted(body.keys() - kind.model_fields.keys()):
-        raise ApiError(
-            f"the parameter {unknown[0]!r} is not supported here: leave it out",
-            param=unknown[0],
-            code="unsupported_parameter",
-        )
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or None
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
-        raise ApiError(message, param=where) from error
 
 
 def _model(entry: dict[str, Any], created: int) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,12 +17,12 @@ from .schemas import Message
 class Prompt:
     """A prompt ready for the engine.
 
-    token_ids: all of it. routed_ids, routed_text: what the router looks at: of a conversation the
-    last user message alone, rendered as a conversation of its own; of a text all of it.
+    token_ids: all of it. routed_ids (when called), routed_text: what the router looks at: of a
+    conversation the last user message alone, rendered as a conversation of its own; of a text all.
     """
 
     token_ids: tuple[int, ...]
-    routed_ids: tuple[int, ...]
+    routed_ids: Callable[[], tuple[int, ...]]
     routed_text: str
 
 
@@ -41,7 +42,7 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:  # noqa:
     routed = [last_user] if last_user else messages
     return Prompt(
         token_ids=_render(tokenizer, messages),
-        routed_ids=_render(tokenizer, routed),
+        routed_ids=partial(_render, tokenizer, routed),
         routed_text=last_user.text if last_user else "",
     )
 
@@ -50,8 +51,8 @@ def text_prompt(tokenizer: Any, prompt: str | list[int]) -> Prompt:  # noqa: ANN
     """A prompt of /v1/completions: tokenized as it stands, or token ids already."""
     if isinstance(prompt, str):
         ids = tuple(tokenizer(prompt)["input_ids"])
-        return Prompt(ids, ids, prompt)
-    return Prompt(tuple(prompt), tuple(prompt), "")
+        return Prompt(ids, lambda: ids, prompt)
+    return Prompt(tuple(prompt), lambda: tuple(prompt), "")
 
 
 def _render(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:  # noqa: ANN401

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..adapters.errors import MergerouteError
-from .settings import DEFAULT_PORT, ServeSettings, read_settings
+from .settings import DEFAULT_PORT, ServeSettings, UsageError, read_settings
 
 app = typer.Typer(
     name="mergeroute",
@@ -22,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)
 
 DEMO_BANK = Path(__file__).parent / "demo_bank"
 
@@ -54,8 +57,8 @@ def main() -> None:
     try:
         app()
     except MergerouteError as error:
-        console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def _show_version(wanted: bool) -> None:
@@ -111,7 +114,7 @@ def serve(
     overrides = {
         "banks": tuple(banks or ()),
         "backbone": backbone,
-        "modules": dict(_name_and_path(text) for text in module or ()),
+        "modules": _modules(module or ()),
         "name": name,
         "host": host,
         "port": port,
@@ -167,49 +170,57 @@ def inspect(
     if as_json:
         _print_json(description)
         return
+    output = Console(emoji=False)
     for table in tables(description):
-        Console().print(table)
+        output.print(table)
 
 
 def _serve(settings: ServeSettings) -> None:
     from .hosting import host_banks
-    from .server import bind, run
+    from .server import bind, configure_logging, run
     from .service import Service
 
+    configure_logging(settings.log_format)
     listening = bind(settings.host, settings.port)
     try:
         with console.status("loading") as status:
             banks = settings.open_banks(report=status.update)
-            service = Service(host_banks(banks, settings.placement, report=_say))
+            say = _say if settings.log_format == "text" else logging.getLogger("mergeroute").info
+            service = Service(host_banks(banks, settings.placement, report=say))
     except BaseException:
         listening.close()
         raise
-    _announce(service.targets.listing(), *listening.getsockname()[:2])
-    run(service, listening, settings)
-
-
-def _announce(listing: list[dict[str, Any]], host: str, port: int) -> None:
-    names = ", ".join(entry["id"] for entry in listing)
-    _say(f"models: {names}")
-    console.print(f"[bold green]ready:[/] http://{host}:{port}/v1  (Ctrl+C stops)", soft_wrap=True)
+    host, port = listening.getsockname()[:2]
+    say("models: " + ", ".join(entry["id"] for entry in service.targets.listing()))
+    say(f"ready: http://{host}:{port}/v1  (Ctrl+C stops)")
+    run(service, listening)
 
 
 def _say(text: str) -> None:
-    console.print(_escape(text), soft_wrap=True)
+    console.print(escape(text), soft_wrap=True)
 
 
 def _print_decision(decision: dict[str, Any]) -> None:
-    output = Console(highlight=False)
+    output = Console(highlight=False, emoji=False, soft_wrap=True)
     blend = ", ".join(f"{n}={w:g}" for n, w in decision["blend"].items()) or "none (the backbone)"
-    output.print(f"blend       {_escape(blend)}")
+    output.print(f"blend       {escape(blend)}")
     output.print(f"confidence  {decision['confidence']:.4f}, runner-up {decision['runner_up']}")
     output.print(f"abstained   {decision['abstained']:g}")
     output.print(f"router      {decision['router']}, {decision['milliseconds']:.1f} ms")
-    output.print(f"reason      {_escape(decision['reason'])}")
+    output.print(f"reason      {escape(decision['reason'])}")
 
 
 def _print_json(document: dict[str, Any]) -> None:
     typer.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def _modules(texts: Sequence[str]) -> dict[str, str]:
+    modules: dict[str, str] = {}
+    for name, path in map(_name_and_path, texts):
+        if name in modules:
+            raise typer.BadParameter(f"{name!r} is given twice", param_hint="--module")
+        modules[name] = path
+    return modules
 
 
 def _name_and_path(text: str) -> tuple[str, str]:
@@ -217,10 +228,6 @@ def _name_and_path(text: str) -> tuple[str, str]:
     if not (equals and name and path):
         raise typer.BadParameter(f"{text!r} is not NAME=PATH", param_hint="--module")
     return name, path
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 __all__ = ["DEFAULT_PORT", "DEMO_BANK", "app", "main"]

@@ -100,28 +100,28 @@ class Metrics:
 
 @dataclass
 class Stopwatch:
-    """Times one request and tells the metrics."""
+    """Times one request from its arrival, and tells the metrics."""
 
     metrics: Metrics
-    bank: str
     started: float = field(default_factory=time.perf_counter)
 
-    def first_token(self) -> None:
-        """The first token is there."""
-        self.metrics.first_token.labels(self.bank).observe(time.perf_counter() - self.started)
-
     def finish(self, progress: Sequence[Progress]) -> None:
-        """The answer is whole, or its reader is gone."""
-        self.metrics.latency.labels(self.bank).observe(time.perf_counter() - self.started)
+        """The answer is whole, or failed, or its reader is gone."""
+        bank = progress[0].choice.assignment.hosted.bank.name
+        self.metrics.latency.labels(bank).observe(time.perf_counter() - self.started)
+        firsts = [p.first_token_at for p in progress if p.first_token_at is not None]
+        if firsts:
+            self.metrics.first_token.labels(bank).observe(min(firsts) - self.started)
         for choice in progress:
-            self.metrics.finished.labels(self.bank, choice.finish_reason or "cancelled").inc()
+            self.metrics.finished.labels(bank, choice.finish_reason or "cancelled").inc()
 
 
 class _Engines(Collector):
     """Counters and load of the engines, read when asked for."""
 
     def __init__(self, hosted: Sequence[HostedBank]) -> None:
-        self._engines = {h.bank.backbone.name: h.engine for h in hosted}
+        by_engine = {id(h.engine): h for h in reversed(hosted)}
+        self._engines = {h.bank.backbone.name: h.engine for h in by_engine.values()}
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         stats = {name: engine.stats() for name, engine in self._engines.items()}

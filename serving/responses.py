@@ -10,20 +10,27 @@ from uuid import uuid4
 
 from ..runtime.types import TokenEvent, TokenLogprob
 from .service import Choice
+from .token_text import TokenText, token_text
 
 
 @dataclass
 class Progress:
-    """What a choice has produced so far. finish_reason: OpenAI's, once it ended."""
+    """What a choice has produced so far.
+
+    finish_reason: OpenAI's, once it ended. first_token_at: by `time.perf_counter`.
+    """
 
     choice: Choice
     text: str = ""
     completion_tokens: int = 0
     finish_reason: str | None = None
+    first_token_at: float | None = None
     logprobs: list[TokenEvent] = field(default_factory=list)
 
     def add(self, event: TokenEvent) -> None:
         """Take one event in."""
+        if self.first_token_at is None and event.token_id is not None:
+            self.first_token_at = time.perf_counter()
         self.text += event.text
         self.completion_tokens += event.token_id is not None
         if event.logprob is not None:
@@ -92,9 +99,8 @@ class _Shape:
         chunk = {**self._head(self.chunk_kind), "choices": [choice]}
         return {**chunk, "usage": None} if self._includes_usage else chunk
 
-    def _token_text(self, token_id: int) -> str:
-        text: str = self._hosted.tokenizer.decode([token_id])
-        return text
+    def _token(self, token_id: int) -> TokenText:
+        return token_text(self._hosted.tokenizer, token_id)
 
 
 class ChatShape(_Shape):
@@ -143,8 +149,9 @@ class ChatShape(_Shape):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: TokenLogprob) -> dict[str, Any]:
-        text = self._token_text(token.token_id)
-        return {"token": text, "logprob": token.logprob, "bytes": list(text.encode())}
+        shown = self._token(token.token_id)
+        spelled = None if shown.spelling is None else list(shown.spelling)
+        return {"token": shown.text, "logprob": token.logprob, "bytes": spelled}
 
 
 class CompletionShape(_Shape):
@@ -179,16 +186,22 @@ class CompletionShape(_Shape):
         if count is None:
             return None
         tokens = [event.logprob for event in events if event.logprob is not None]
-        texts = [self._token_text(token.token_id) for token in tokens]
+        texts = [self._token(token.token_id).unique_text for token in tokens]
         offsets = []
-        for text in texts:
+        for token in tokens:
             offsets.append(self._offsets[choice.index])
-            self._offsets[choice.index] += len(text)
+            self._offsets[choice.index] += len(self._token(token.token_id).text)
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._token_text(t.token_id): t.logprob for t in event.top_logprobs[:count]}
+                {
+                    self._token(t.token_id).unique_text: t.logprob
+                    for t in (
+                        *event.top_logprobs[:count],
+                        *([event.logprob] if event.logprob else []),
+                    )
+                }
                 for event in events
             ],
             "text_offset": offsets,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..adapters.errors import RequestError
 from ..runtime.types import MAX_STOPS, MAX_TOP_LOGPROBS, SamplingParams
 
-MAX_CHOICES = 32
-MAX_PROMPTS = 64
+MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; chat may use the rest of the context."""
 
@@ -19,7 +20,9 @@ class _Body(BaseModel):
 
 
 def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - before validation
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 class StreamOptions(_Body):
@@ -36,16 +39,23 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """One message of a conversation."""
+    """One message of a conversation. name: a label of its author; changes nothing."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextPart, ...]
+    content: str | tuple[TextPart, ...] | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        if isinstance(self.content, str):
-            return self.content
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
         return "".join(part.text for part in self.content)
 
 
@@ -70,11 +80,15 @@ class _Generation(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="a label of the caller; changes nothing")
+    safety_identifier: str | None = Field(None, description="as user, its newer name")
+    prompt_cache_key: str | None = Field(None, description="a hint; prefixes are reused anyway")
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _Generation:
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options is only allowed when stream is true")
+            raise RequestError(
+                "stream_options is only allowed when stream is true", parameter="stream_options"
+            )
         return self
 
     @property
@@ -100,7 +114,7 @@ class _Generation(_Body):
             max_tokens=max_tokens,
             temperature=given("temperature"),
             top_p=given("top_p"),
-            top_k=max(0, given("top_k")),
+            top_k=0 if self.top_k == -1 else given("top_k"),
             min_p=given("min_p"),
             seed=None if self.seed is None else self.seed + choice,
             frequency_penalty=given("frequency_penalty"),
@@ -125,10 +139,14 @@ class ChatRequest(_Generation):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(
+                "top_logprobs is only allowed when logprobs is true", parameter="top_logprobs"
+            )
         if None not in (self.max_tokens, self.max_completion_tokens):
-            raise ValueError("give max_tokens or max_completion_tokens, not both")
+            raise RequestError(
+                "give max_tokens or max_completion_tokens, not both", parameter="max_tokens"
+            )
         return self
 
     def sampling(self, defaults: SamplingParams, choice: int) -> SamplingParams:
@@ -147,8 +165,13 @@ class CompletionRequest(_Generation):
 
     @model_validator(mode="after")
     def _has_prompts(self) -> CompletionRequest:
-        if not 1 <= len(self.prompts) <= MAX_PROMPTS:
-            raise ValueError(f"prompt holds {len(self.prompts)} prompts, 1 to {MAX_PROMPTS} fit")
+        count = len(self.prompts)
+        if not 1 <= count * self.n <= MAX_CHOICES:
+            raise RequestError(
+                f"{count} prompts with n={self.n} make {count * self.n} choices, 1 to "
+                f"{MAX_CHOICES} are allowed",
+                parameter="prompt",
+            )
         return self
 
     @property
@@ -179,14 +202,36 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "modalities": (["text"],),
+    "metadata": ({},),
+    "functions": ([],),
+    "min_tokens": (0,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "length_penalty": (1.0,),
+    "priority": (0,),
+    "chat_template_kwargs": ({},),
+    "tool_calls": ([],),
+    "annotations": ([],),
 }
-"""Parameters that are not supported, with the values that ask for nothing and so are accepted."""
+"""Parameters, of bodies and messages, that are not supported, with the values that ask for nothing
+and so are accepted.
+"""
 
 
-def without_no_effect(body: dict[str, Any]) -> dict[str, Any]:
-    """The body without nulls and without values that ask for nothing."""
+def without_no_effect(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body without nulls and without values that ask for nothing, at every depth."""
     return {
-        key: value
+        key: _cleaned(value)
         for key, value in body.items()
-        if value is not None and value not in NO_EFFECT.get(key, ())
+        if value is not None and not _asks_for_nothing(key, value)
     }
+
+
+def _asks_for_nothing(key: str, value: Any) -> bool:  # noqa: ANN401 - any JSON value
+    return any(value == no and type(value) is type(no) for no in NO_EFFECT.get(key, ()))
+
+
+def _cleaned(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if isinstance(value, dict):
+        return without_no_effect(value)
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
 import time
 from contextlib import suppress
 
+import transformers
 import uvicorn
 
 from .app import create_app
 from .service import Service
-from .settings import ServeSettings, SettingsError
+from .settings import SettingsError
 
-DRAIN_S = 30
+DRAIN_S = 25
 """How long running requests may go on after the server is told to stop."""
+
+_LAST_WORDS_S = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,17 +42,35 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(service: Service, listening: socket.socket, settings: ServeSettings) -> None:
+def run(service: Service, listening: socket.socket) -> None:
     """Serve until interrupted; running requests get time to end."""
-    configure_logging(settings.log_format)
     config = uvicorn.Config(
-        create_app(service),
-        log_config=None,
-        access_log=True,
-        timeout_graceful_shutdown=DRAIN_S,
+        create_app(service), log_config=None, timeout_graceful_shutdown=DRAIN_S + _LAST_WORDS_S
     )
     with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config, service).run(sockets=[listening])
+
+
+class Server(uvicorn.Server):
+    """Running requests get DRAIN_S to end; what still runs then ends with an error of ours, before
+    uvicorn would cut its connection.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, drain, stop the engines."""
+        ending = asyncio.create_task(self._end_generations())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_generations(self) -> None:
+        await asyncio.sleep(DRAIN_S)
+        await asyncio.to_thread(self._service.stop)
 
 
 def configure_logging(log_format: str) -> None:
@@ -59,6 +81,7 @@ def configure_logging(log_format: str) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    transformers.utils.logging.disable_progress_bar()
 
 
 class _JsonFormatter(logging.Formatter):

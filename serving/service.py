@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.blend import Blend
+from ..adapters.errors import RequestError
 from ..routers.base import Decision, Query
 from ..runtime.engine import Generation
 from ..runtime.types import GenerationRequest
@@ -65,7 +66,7 @@ class Service:
         target = self.targets.resolve(body.model, body.blend)
         prompts = _prompts(body, target.hosted.tokenizer)
         for prompt in prompts:
-            target.hosted.engine.check_prompt(prompt.token_ids)
+            _check(body, prompt, target.hosted)
         return [Assignment(target, prompt, _decide(target, prompt)) for prompt in prompts]
 
     def submit(self, body: GenerationBody, assignments: Sequence[Assignment]) -> list[Choice]:
@@ -108,12 +109,23 @@ def _prompts(body: GenerationBody, tokenizer: Any) -> list[Prompt]:  # noqa: ANN
     return [text_prompt(tokenizer, prompt) for prompt in body.prompts]
 
 
+def _check(body: GenerationBody, prompt: Prompt, hosted: HostedBank) -> None:
+    """Refuse what the engine would refuse before a part of the backbone is run to route it."""
+    try:
+        sampling = body.sampling(hosted.defaults, 0)
+        hosted.engine.check(GenerationRequest(prompt.token_ids, sampling=sampling))
+    except RequestError as error:
+        if error.parameter == "prompt" and isinstance(body, ChatRequest):
+            error.parameter = "messages"
+        raise
+
+
 def _decide(target: Target, prompt: Prompt) -> Decision:
     if target.blend is not None:
         return Decision(blend=target.blend, reason=target.reason)
     if target.hosted.router is None:
         return Decision(blend=Blend(), reason="the bank has no router: the backbone answers")
-    return target.hosted.router.route(Query(prompt.routed_ids, prompt.routed_text))
+    return target.hosted.router.route(Query(prompt.routed_ids(), prompt.routed_text))
 
 
 def _start(body: GenerationBody, assignment: Assignment, *, index: int, number: int) -> Choice:
@@ -137,6 +149,7 @@ def _route_object(assignment: Assignment) -> dict[str, Any]:
         "abstained": decision.abstained,
         "confidence": decision.confidence,
         "scores": dict(decision.scores),
+        "distance": decision.distance,
         "threshold": decision.threshold,
         "runner_up": decision.runner_up,
         "router": decision.router,

@@ -22,6 +22,10 @@ class SettingsError(MergerouteError):
     """The settings are at fault."""
 
 
+class UsageError(SettingsError):
+    """The command line is at fault."""
+
+
 class ServeSettings(BaseModel):
     """What is served, where and how. Paths in a file are relative to the file."""
 
@@ -72,8 +76,11 @@ class ServeSettings(BaseModel):
 
         banks = [Bank.open(path, progress=lambda f: report(f"verified {f}")) for path in self.banks]
         if self.backbone:
-            modules = [BankModule(name, Path(path)) for name, path in self.modules.items()]
+            modules = [BankModule(n, Path(path).resolve()) for n, path in self.modules.items()]
             banks.append(Bank.adhoc(self.name, Backbone.open(self.backbone), modules))
+        names = [bank.name for bank in banks]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise SettingsError(f"two banks are called {min(twice)!r}: rename one, or leave it out")
         return banks
 
 
@@ -89,8 +96,12 @@ def read_settings(path: Path | None, overrides: Mapping[str, object]) -> ServeSe
         return ServeSettings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise SettingsError(f"{path or 'command line'}: {where}: {first['msg']}") from error
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        message = f"{where}: {message}" if where else message
+        if path is None:
+            raise UsageError(message) from error
+        raise SettingsError(f"{path}: {message}") from error
 
 
 def _read_file(path: Path) -> dict[str, object]:

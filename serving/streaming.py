@@ -40,25 +40,26 @@ async def events_of(choices: Sequence[Choice]) -> AsyncIterator[tuple[Choice, To
             task.cancel()
 
 
-async def collect(choices: Sequence[Choice]) -> list[Progress]:
+async def collect(progress: Sequence[Progress]) -> None:
     """Wait for all choices to end.
+
+    progress: one per choice, brought up to date.
 
     Raises:
         ApiError: the engine failed on a choice.
     """
-    progress = [Progress(choice) for choice in choices]
-    async for choice, event in events_of(choices):
+    async for choice, event in events_of([p.choice for p in progress]):
         progress[choice.index].add(event)
-    return progress
 
 
 async def server_sent_events(
-    choices: Sequence[Choice], shape: Shape, *, includes_usage: bool, progress: list[Progress]
+    progress: Sequence[Progress], shape: Shape, *, includes_usage: bool
 ) -> AsyncIterator[str]:
     """The stream's lines. What goes wrong after the first byte becomes an `error` event.
 
     progress: one per choice, kept up to date for whoever looks on.
     """
+    choices = [p.choice for p in progress]
     try:
         for choice in choices:
             if opening := shape.opening(choice):

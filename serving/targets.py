@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.blend import Blend
-from ..adapters.errors import BankError, UnknownTargetError
+from ..adapters.errors import BankError, BlendError, UnknownTargetError
 from .errors import ApiError
 from .hosting import HostedBank
 
@@ -84,6 +84,18 @@ class Targets:
             ]
         return entries
 
+    def describe(self, model: str) -> dict[str, Any]:
+        """One name's entry; any name that can be asked for has one.
+
+        Raises:
+            MergerouteError: as `resolve`.
+        """
+        listed = {entry["id"]: entry for entry in self.listing()}
+        target = self.resolve(model)
+        if model in listed:
+            return listed[model]
+        return self._entry(model, target.hosted, root=target.hosted.bank.digest)
+
     def _entry(
         self, name: str, host: HostedBank, *, root: str, parent: str | None = ""
     ) -> dict[str, Any]:
@@ -98,10 +110,14 @@ class Targets:
         return module if len(self._modules[module]) == 1 else f"{host.bank.name}:{module}"
 
     def _fixed(self, model: str, weights: Mapping[str, float]) -> Target:
+        """The body's blend, on the bank or backbone that `model` names."""
         if model == AUTO:
-            host = self.default
-        elif model in self.banks or model in self._backbones:
-            host = self.banks.get(model) or self._backbones[model]
+            hosts = list(self.banks.values())
+        elif model in self.banks:
+            hosts = [self.banks[model]]
+        elif model in self._backbones:
+            digest = self._backbones[model].bank.backbone.digest
+            hosts = [h for h in self.banks.values() if h.bank.backbone.digest == digest]
         elif model in self._modules or model.startswith(_BLEND) or ":" in model:
             raise ApiError(
                 f"blend goes with model 'auto', a bank or the backbone, not with {model!r}: "
@@ -110,25 +126,17 @@ class Targets:
             )
         else:
             raise self._unknown(model)
-        return self._checked(Target(model, host, Blend(weights), "the body fixes the blend"))
+        host, blend = _in_one_bank(Blend(weights), hosts, param="blend")
+        return Target(model, host, blend, "the body fixes the blend")
 
     def _written(self, model: str) -> Target:
-        blend = Blend.parse(model)
-        banks = {bank for name in blend if (bank := name.partition(":")[0]) in self.banks}
-        if len(banks) > 1:
-            raise ApiError(
-                f"{model!r} blends modules of the banks {', '.join(sorted(banks))}: one bank at "
-                "a time",
-                param="model",
-            )
-        host = self.banks[banks.pop()] if banks else self.default
-        names = {name: name.removeprefix(f"{host.bank.name}:") for name in blend}
-        return self._checked(Target(model, host, blend.renamed(names), "the model is a blend"))
-
-    def _checked(self, target: Target) -> Target:
-        assert target.blend is not None
-        target.hosted.by_digest(target.blend)
-        return target
+        """`blend:a=0.75,b=0.25`; its canonical form is the target's name."""
+        try:
+            written = Blend.parse(model)
+        except BlendError as error:
+            raise ApiError(str(error), param="model") from error
+        host, blend = _in_one_bank(written, list(self.banks.values()), param="model")
+        return Target(str(written), host, blend, "the model is a blend")
 
     def _module(self, model: str) -> Target:
         hosts = self._modules[model]
@@ -149,6 +157,44 @@ class Targets:
         return UnknownTargetError(
             f"the model {model!r} does not exist; there are: {names}, and blend:NAME=WEIGHT,..."
         )
+
+
+def _in_one_bank(
+    blend: Blend, hosts: Sequence[HostedBank], *, param: str
+) -> tuple[HostedBank, Blend]:
+    """The bank that has all modules of a blend, and the blend over its bare names.
+
+    hosts: where to look, the preferred one first. A name is a module's, or `bank:module`.
+
+    Raises:
+        ApiError: a name is unknown or ambiguous, is given twice, or banks would be mixed.
+    """
+    found = {name: _located(name, hosts, param=param) for name in blend}
+    banks = {host.bank.name: host for host, _ in found.values()}
+    if len(banks) > 1:
+        mixed = ", ".join(sorted(banks))
+        raise ApiError(f"the blend mixes the banks {mixed}: one bank at a time", param=param)
+    names = {name: module for name, (_, module) in found.items()}
+    if len(set(names.values())) < len(names):
+        raise ApiError(f"{blend} names a module twice: give one weight per module", param=param)
+    host = next(iter(banks.values()), hosts[0])
+    return host, blend.renamed(names)
+
+
+def _located(name: str, hosts: Sequence[HostedBank], *, param: str) -> tuple[HostedBank, str]:
+    """The one bank that has a module of this name, bare or as `bank:module`."""
+    bank, _, module = name.rpartition(":")
+    found = [(h, name) for h in hosts if name in h.digests]
+    found += [(h, module) for h in hosts if h.bank.name == bank and module in h.digests]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        full = " or ".join(f"{host.bank.name}:{name}" for host, _ in found)
+        message = f"several banks have a module {name!r}: write {full}"
+    else:
+        known = ", ".join(module for host in hosts for module in host.digests) or "none"
+        message = f"there is no module {name!r} to blend; there are: {known}"
+    raise ApiError(message, status=404, param=param, code="model_not_found")
 
 
 def _backbones(hosted: Sequence[HostedBank]) -> dict[str, HostedBank]:

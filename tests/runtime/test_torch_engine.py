@@ -128,7 +128,7 @@ def test_the_whole_context_can_be_used() -> None:
             assert tokens_in(events) == expected(count=8)
         [only] = run(engine, (1,) * 19, max_tokens=None)
         assert only.finish_reason is FinishReason.LENGTH
-        with pytest.raises(ContextLengthError, match="the limit is 20"):
+        with pytest.raises(ContextLengthError, match="the limit is 19"):
             engine.submit(request((1,) * 20, max_tokens=None))
 
 

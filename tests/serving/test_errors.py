@@ -35,10 +35,10 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"model": "nobody"}, 404, "model", "model_not_found", "nobody.*auto, tiny, zoo"),
         ({"model": "zoo:nobody"}, 404, "model", "model_not_found", "zoo:nobody"),
         ({"model": "blend:nobody=1"}, 404, "model", "model_not_found", "nobody"),
-        ({"model": "blend:upper"}, 400, "blend", None, "name=weight"),
-        ({"model": "blend:upper=inf"}, 400, "blend", None, "finite"),
+        ({"model": "blend:upper"}, 400, "model", None, "name=weight"),
+        ({"model": "blend:upper=inf"}, 400, "model", None, "finite"),
         ({"model": "upper", "blend": {"digit": 1}}, 400, "blend", None, "leave one"),
-        ({"blend": {"nobody": 1}}, 404, "model", "model_not_found", "nobody"),
+        ({"blend": {"nobody": 1}}, 404, "blend", "model_not_found", "nobody"),
         ({"blend": {"upper": 9}}, 400, "blend", None, "between -8 and 8"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "tools"),
         (
@@ -53,19 +53,49 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"top_p": 0}, 400, "top_p", None, "above 0"),
         ({"max_tokens": 0}, 400, "max_tokens", None, "at least 1"),
         ({"max_tokens": 9999}, 400, "max_tokens", "context_length_exceeded", "9,999"),
-        ({"n": 0}, 400, "n", None, "greater than or equal to 1"),
-        ({"n": 1000}, 400, "n", None, "less than or equal to"),
+        ({"n": 0}, 400, "n", None, "n is 0, it must be at least 1"),
+        ({"n": 1000}, 400, "n", None, "at most 128"),
         ({"logit_bias": {"99999": 1}}, 400, "logit_bias", None, "99999"),
-        ({"top_logprobs": 2}, 400, None, None, "logprobs is true"),
+        ({"top_logprobs": 2}, 400, "top_logprobs", None, "logprobs is true"),
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None, "20"),
-        ({"stream_options": {"include_usage": True}}, 400, None, None, "stream is true"),
+        (
+            {"stream_options": {"include_usage": True}},
+            400,
+            "stream_options",
+            None,
+            "stream is true",
+        ),
         ({"stop": ["a"] * 17}, 400, "stop", None, "16"),
+        ({"model": "blend:upper=١"}, 400, "model", None, "not a number"),
+        ({"model": "blend:upper=1 ,\r\ndigit=1"}, 400, "model", None, "."),
+        ({"n": "2"}, 400, "n", None, 'n is "2", it must be a valid integer'),
+        ({"logprobs": 1}, 400, "logprobs", None, "valid boolean"),
+        ({"stop_token_ids": [-1]}, 400, "stop_token_ids", None, "-1"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias", None, "between -100 and 100"),
+        ({"top_k": 10**400}, 400, "top_k", None, "."),
+        ({"top_k": -2}, 400, "top_k", None, "0 .off."),
+        (
+            {"stream_options": {"x": 1}, "stream": True},
+            400,
+            "stream_options.x",
+            "unsupported_parameter",
+            "x",
+        ),
+        ({"messages": [{"role": "user"}]}, 400, "messages.0", None, "needs content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+            400,
+            "messages.0.content.0.type",
+            None,
+            "must be 'text'",
+        ),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", None, "not both"),
         ({"messages": []}, 400, "messages", None, "at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role", None, "user"),
         (
             {"messages": [{"role": "user", "content": "x" * 300}]},
             400,
-            "prompt",
+            "messages",
             "context_length_exceeded",
             "256",
         ),
@@ -101,11 +131,44 @@ def test_values_that_ask_for_nothing_are_accepted(served: Served) -> None:
     assert post(served, body).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"\\ud800": 1}',
+        b'{"prompt": "a\\ud800b"}',
+    ],
+)
 def test_a_body_that_is_no_json_object_is_400(served: Served, body: bytes) -> None:
     response = post(served, body)
     assert response.status_code == 400
     assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_previews_refuse_what_serving_refuses(served: Served) -> None:
+    for fault in ({"temperature": 99}, {"max_tokens": 10**9}, {"stop": [""]}):
+        body = {"messages": MESSAGES, **fault}
+        preview, answer = post(served, body, "/v1/route"), post(served, body)
+        assert preview.status_code == answer.status_code == 400
+        assert error_of(preview) == error_of(answer)
+
+
+def test_a_conversation_goes_on_with_the_servers_own_answer(served: Served) -> None:
+    client = served.client()
+    messages: list[Any] = [*MESSAGES]
+    for follow_up in ("0 1 2 3 4 7", "shout the word 8"):
+        answer = client.chat.completions.create(model="auto", messages=messages, max_tokens=3)
+        messages.append(answer.choices[0].message)
+        messages.append({"role": "user", "content": follow_up, "name": "bob"})
+    assert client.chat.completions.create(model="auto", messages=messages, max_tokens=3)
+    dumped = [m if isinstance(m, dict) else m.model_dump() for m in messages]
+    preview = post(served, {"messages": dumped}, "/v1/route").json()
+    assert preview["blend"] == {"upper": 1.0}
 
 
 def test_a_huge_body_is_413(served: Served) -> None:
@@ -147,7 +210,7 @@ def test_a_prompt_unlike_any_modules_stays_on_the_backbone(served: Served) -> No
     assert preview["blend"] == {}
     assert preview["abstained"] == 1.0
     assert "abstained" in preview["reason"]
-    assert preview["threshold"] > 0
+    assert preview["distance"] > preview["threshold"] > 0
 
 
 def test_previews_of_pinned_targets_name_no_router(served: Served) -> None:
@@ -220,6 +283,7 @@ def test_metrics_count_what_was_served(served: Served) -> None:
         r'mergeroute_engine_generated_tokens_total\{backbone="tiny"\} \d+',
         r'mergeroute_engine_modules\{backbone="tiny"\} 2',
         r'mergeroute_request_seconds_count\{bank="zoo"\} \d+',
+        r'mergeroute_time_to_first_token_seconds_count\{bank="zoo"\} \d+',
     ):
         assert re.search(line, text), line
 

@@ -54,7 +54,17 @@ def test_names_with_two_banks(hosted: list[HostedBank]) -> None:
     blended = targets.resolve("blend:farm:upper=0.5,farm:digit=0.25")
     assert blended.hosted is hosted[1]
     assert blended.blend == Blend({"upper": 0.5, "digit": 0.25})
-    assert targets.resolve("blend:upper=0.5").hosted is hosted[0]
+    for ambiguous in ("blend:upper=0.5", "blend:zoo:upper=1,upper=1"):
+        with pytest.raises(ApiError, match="zoo:upper or farm:upper"):
+            targets.resolve(ambiguous)
+    with pytest.raises(ApiError, match="zoo:upper or farm:upper"):
+        targets.resolve("auto", {"upper": 1})
+    assert targets.resolve("auto", {"farm:upper": 1}).hosted is hosted[1]
+    assert targets.resolve("zoo", {"zoo:upper": 0.5}).blend == Blend({"upper": 0.5})
+    with pytest.raises(ApiError, match="twice"):
+        targets.resolve("zoo", {"zoo:upper": 0.5, "upper": 0.5})
+    assert targets.describe("farm:upper")["parent"] == "tiny"
+    assert targets.describe("blend:farm:upper=0.5")["max_model_len"] == 256
     assert targets.resolve("farm", {"digit": 1}).hosted is hosted[1]
     ids = [entry["id"] for entry in targets.listing()]
     assert ids == [

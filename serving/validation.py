@@ -1,0 +1,105 @@
+"""From raw bodies to request models, and from pydantic's errors to sentences of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+
+from ..adapters.errors import RequestError
+from .errors import ApiError
+from .schemas import ChatRequest, CompletionRequest, without_no_effect
+
+MAX_BODY_BYTES = 4 << 20
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+_SHOWN = 60
+
+_RULES = {
+    "missing": "is required",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "too_long": "may hold at most {max_length} items",
+    "too_short": "must hold at least {min_length} item",
+    "string_too_long": "may have at most {max_length} characters",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "may be at most {le}",
+    "literal_error": "must be {expected}",
+}
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        ApiError: it is too large, no JSON object, or holds what is no text.
+    """
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > MAX_BODY_BYTES:
+            raise ApiError(f"the body is over {MAX_BODY_BYTES:,} bytes: shorten it", status=413)
+    try:
+        document = json.loads(bytes(content))
+        json.dumps(document, ensure_ascii=False).encode()  # fails on a lone surrogate
+    except UnicodeEncodeError as error:
+        raise ApiError("the body holds half a surrogate pair (\\ud800 to \\udfff)") from error
+    except RecursionError as error:
+        raise ApiError("the body is nested too deeply") from error
+    except ValueError as error:
+        raise ApiError(f"the body is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ApiError("the body must be a JSON object")
+    return document
+
+
+def validate(document: Mapping[str, Any], kind: type[_Body]) -> _Body:
+    """The body as its model; a parameter that is not known is refused by name.
+
+    Raises:
+        ApiError: it says which parameter, its value and the rule.
+    """
+    try:
+        body = without_no_effect(document)
+        if unknown := sorted(body.keys() - kind.model_fields.keys()):
+            raise _unsupported(unknown[0])
+        return kind.model_validate_json(json.dumps(body), strict=True)
+    except ValidationError as error:
+        raise _explained(dict(error.errors()[0])) from error
+    except RecursionError as error:
+        raise ApiError("the body is nested too deeply") from error
+
+
+def _explained(error: Mapping[str, Any]) -> ApiError:
+    where = ".".join(str(part) for part in error["loc"] if _is_ours(part)) or None
+    context = error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        return _unsupported(str(where))
+    if error["type"] == "value_error":
+        cause = context["error"]
+        parameter = cause.parameter if isinstance(cause, RequestError) else where
+        return ApiError(str(cause), param=parameter)
+    rule = _RULES.get(error["type"], error["msg"].replace("Input should be", "must be"))
+    value = json.dumps(error["input"], default=str, ensure_ascii=False)
+    value = value if len(value) <= _SHOWN else value[:_SHOWN] + "…"
+    stated = "" if error["type"] == "missing" else f" is {value}, it"
+    return ApiError(f"{where}{stated} {rule.format(**context)}", param=where)
+
+
+def _is_ours(part: int | str) -> bool:
+    """Whether a part of pydantic's location is in the body, not the name of a type."""
+    is_type = isinstance(part, str) and ("[" in part or part in ("str", "int", "TextPart"))
+    return not is_type
+
+
+def _unsupported(name: str) -> ApiError:
+    return ApiError(
+        f"the parameter {name!r} is not supported here: leave it out",
+        param=name,
+        code="unsupported_parameter",
+    )
