@@ -258,11 +258,12 @@ def _staging(target: Path) -> Iterator[Path]:
             os.rename(target, old / target.name)
             try:
                 os.rename(folder, target)
-            except OSError:
+            except BaseException:
                 os.rename(old / target.name, target)
                 raise
             finally:
-                shutil.rmtree(old, ignore_errors=True)
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(folder, target)
     finally:

@@ -15,6 +15,9 @@ MergerouteError
     ├── EngineStoppedError  the engine is shutting down
     └── UnsupportedModelError    this architecture cannot be served exactly
 
+and in mergeroute.serving, for what only that layer can know: ApiError (an error with its HTTP
+form), SettingsError with UsageError (a file or command line at fault), InspectError.
+
 A message states the value, the rule and the remedy.
 """
 

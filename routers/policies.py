@@ -72,7 +72,9 @@ class TopK:
     k: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.k >= 1 and self.k == int(self.k), f"top_k({self.k:g})", "a whole number >= 1")
+        _require(
+            self.k >= 1 and float(self.k).is_integer(), f"top_k({self.k:g})", "a whole number >= 1"
+        )
 
     def apply(self, weighing: Weighing) -> Weighing:
         """The weighing after this step."""
@@ -135,9 +137,15 @@ class Policy:
         """Read `softmax(0.5) | abstain(0.005) | quantise`.
 
         Raises:
-            RouterError: a step is unknown or its argument is out of range.
+            RouterError: a step is unknown, its argument is out of range, or top_k or abstain come
+                without one softmax before them.
         """
-        return cls(tuple(_parse_step(part) for part in text.split("|")))
+        steps = tuple(_parse_step(part) for part in text.split("|"))
+        kinds = [type(step) for step in steps]
+        needs_softmax = TopK in kinds or Abstain in kinds
+        if kinds.count(Softmax) > 1 or (needs_softmax and kinds[0] is not Softmax):
+            raise RouterError(f"policy {text!r} needs one softmax, and as its first step")
+        return cls(steps)
 
     def __or__(self, other: Policy) -> Policy:
         return Policy(self.steps + other.steps)

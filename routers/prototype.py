@@ -62,9 +62,9 @@ class Prototype:
 
     def score(self, features: Tensor) -> Scores:
         """Half the negative squared Mahalanobis distance per module."""
-        distances = _squared_distances(
-            features[None].to(self.means), means=self.means, whitening=self.whitening
-        )[0]
+        distances = _squared_distances(features[None], means=self.means, whitening=self.whitening)[
+            0
+        ]
         logits = (-0.5 * distances).tolist()
         return Scores(
             logits=dict(zip(self.modules, logits, strict=True)),
@@ -98,6 +98,8 @@ class Prototype:
                 f"prototype means {tuple(means.shape)} and whitening {tuple(whitening.shape)} do "
                 f"not fit {len(modules)} modules: fit the router again"
             )
+        if not (means.isfinite().all() and whitening.isfinite().all()):
+            raise RouterError("the prototype router holds NaN or inf: fit it again")
         return cls(tuple(modules), means, whitening, calibration)
 
 
@@ -106,6 +108,8 @@ def _fit(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tenso
     means = torch.stack([features[targets == k].mean(0) for k in range(classes)])
     covariance = ledoit_wolf(features - means[targets])
     values, vectors = torch.linalg.eigh(covariance)
+    if not values.max() > 0:
+        raise RouterError("the prompts of each module are all alike: give different ones")
     floor = values.max() * 1e-10
     whitening = vectors / values.clamp_min(floor).sqrt()  # [d, d], columns scaled
     return means @ whitening, whitening
@@ -129,8 +133,9 @@ def ledoit_wolf(residuals: Tensor) -> Tensor:
 
 
 def _squared_distances(features: Tensor, *, means: Tensor, whitening: Tensor) -> Tensor:
-    """[n, d] to [n, m]."""
-    return torch.cdist(features @ whitening, means).square()
+    """[n, d] to [n, m], float64: far from the origin, float32 and cdist's products lose digits."""
+    whitened = features.double() @ whitening.double()
+    return (whitened[:, None] - means.double()).square().sum(-1)
 
 
 def _held_out_distances(features: Tensor, targets: Tensor, classes: int) -> Tensor:

@@ -112,6 +112,18 @@ class BlendedLinear(nn.Module):
         self.a, self.b = _resized(self.a, ranks), _resized(self.b, ranks)
 
 
+@dataclass(frozen=True)
+class PreparedModule:
+    """A module ready to be copied in.
+
+    factors: A [r, i] and B [r, o] by layer, in the model's dtype.
+    """
+
+    digest: str
+    rank: int
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+
 class ModuleStack:
     """The modules that are resident in a model, by digest. Not thread-safe: one thread changes it.
 
@@ -136,8 +148,8 @@ class ModuleStack:
         """R: the ranks in use, holes left by removed modules included."""
         return max((high for _, high in self._slices.values()), default=0)
 
-    def add(self, module: Module) -> None:
-        """Copy a module's factors into free ranks.
+    def prepare(self, module: Module) -> PreparedModule:
+        """Check a module and bring it into the model's dtype; changes nothing, in any thread.
 
         Raises:
             ModuleError: it does not fit the model's layers or its dtype.
@@ -145,15 +157,19 @@ class ModuleStack:
         module.check(self.shapes)
         dtype = next(self._model.parameters()).dtype
         factors = {n: _factors(d, dtype, where=n) for n, d in module.deltas.items()}
+        return PreparedModule(module.digest, module.rank, factors)
+
+    def add(self, module: PreparedModule) -> None:
+        """Copy a module's factors into free ranks."""
         low = self._free_slice(module.rank)
         self._reserve(low + module.rank)
-        for name in module.deltas.keys() - self._layers.keys():
+        for name in module.factors.keys() - self._layers.keys():
             self._layers[name] = self._install(name)
         for name, layer in self._layers.items():
             layer.a[low : low + module.rank] = 0
             layer.b[low : low + module.rank] = 0
-            if name in factors:
-                a, b = factors[name]
+            if name in module.factors:
+                a, b = module.factors[name]
                 layer.a[low : low + a.shape[0]] = a.to(layer.a)
                 layer.b[low : low + b.shape[0]] = b.to(layer.b)
         self._slices[module.digest] = (low, low + module.rank)
@@ -198,10 +214,12 @@ class ModuleStack:
         return low
 
     def _reserve(self, ranks: int) -> None:
+        """Make room in every layer; one that was left behind by a failure catches up."""
         if ranks > self._capacity:
-            self._capacity = max(ranks, int(self._capacity * _GROWTH))
+            capacity = max(ranks, int(self._capacity * _GROWTH))
             for layer in self._layers.values():
-                layer.resize(self._capacity)
+                layer.resize(capacity)
+            self._capacity = capacity
 
     def _install(self, name: str) -> BlendedLinear:
         parent_name, _, leaf = name.rpartition(".")

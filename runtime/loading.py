@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from ..adapters.errors import EngineError, UnsupportedModelError
 
@@ -54,18 +55,25 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any: 
     """A causal language model in evaluation mode; only safetensors are read.
 
     Raises:
-        UnsupportedModelError: transformers cannot make a causal language model of the folder.
+        UnsupportedModelError: transformers cannot make a causal language model of the folder, or
+            tensors are missing, which it would fill with random numbers.
     """
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"{path} lacks the tensor {missing[0]!r} ({len(missing)} in all): the checkpoint is "
+            "incomplete, copy it again"
+        )
     return model.to(device).eval()
 
 

@@ -56,10 +56,16 @@ class PrefixCache:
         lengths = [_common(content, blend, tokens) for content in self.contents]
         source = max(range(len(lengths)), key=lambda s: (lengths[s], not self.contents[s].in_use))
         length = lengths[source] if lengths[source] >= MIN_REUSED else 0
-        slot = source if length and not self.contents[source].in_use else self._oldest_free()
+        slot = source if length and self._may_overwrite(source, length) else self._oldest_free()
         self._clock += 1
-        self.contents[slot] = SlotContent(blend, tokens, length, True, self._clock)
+        valid = length if slot == source else 0  # until the copy is done
+        self.contents[slot] = SlotContent(blend, tokens, valid, True, self._clock)
         return Reuse(slot=slot, source=source if length else slot, length=length)
+
+    def _may_overwrite(self, slot: int, length: int) -> bool:
+        """Whether to go on in the slot itself: it is free, and most of it is the common prefix."""
+        content = self.contents[slot]
+        return not content.in_use and 2 * length >= content.valid
 
     def release(self, slot: int) -> None:
         """The sequence ended; what it computed stays reusable until the slot is taken again."""

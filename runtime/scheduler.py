@@ -16,7 +16,7 @@ from .prefix_cache import PrefixCache, Reuse
 from .sampling import SamplingState
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Sequence:
     """One request on its way.
 
@@ -34,6 +34,7 @@ class Sequence:
     slot: int | None = None
     gates: Tensor | None = None
     generated: int = field(default=0)
+    is_over: bool = False
 
     @property
     def tokens(self) -> list[int]:
@@ -99,7 +100,7 @@ class Scheduler:
         """The next forward: decodes that blend, decodes that do not, then prompts in order."""
         left = self._token_budget
         chunks: list[Chunk] = []
-        for sequence in sorted(self.running, key=lambda s: (s.pending > 1, not s.blend)):
+        for sequence in sorted(self.running, key=_urgency):
             count = min(sequence.pending, left)
             if count:
                 chunks.append(Chunk(sequence, count))
@@ -121,3 +122,10 @@ class Scheduler:
         self.running.remove(sequence)
         self.prefixes.release(sequence.slot)
         sequence.slot = None
+
+
+def _urgency(sequence: Sequence) -> int:
+    """Decodes that blend, decodes that do not, prompts; a stable sort keeps the order within."""
+    if sequence.pending > 1:
+        return 2
+    return 0 if sequence.blend else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from ..adapters.errors import (
 from ..adapters.lora import Module
 from .admission import Admission
 from .attention import KVCache, PackedBatch, packed
-from .blended import BlendPlan, ModuleStack, blending
+from .blended import BlendPlan, ModuleStack, PreparedModule, blending
 from .compatibility import prepare_model
 from .detokenize import TextStream
 from .encoder import Encoder
@@ -45,6 +46,8 @@ from .types import FinishReason, GenerationRequest, TokenEvent
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.5
+_FAILED = "the engine failed on this request: the server's log says why"
+_Samples = dict[Sequence, Sampled | None]
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,9 @@ class TorchEngine:
 
     def load_module(self, module: Module) -> str:
         """Make a module resident while requests run; returns its digest. Loads are counted."""
-        module.check(self._stack.shapes)
-        digest = module.digest
-        self._between_steps(lambda: self._load(module, digest))
-        return digest
+        prepared = self._stack.prepare(module)
+        self._between_steps(lambda: self._load(prepared))
+        return prepared.digest
 
     def unload_module(self, digest: str) -> None:
         """Undo one load; requests that run on the module keep it until they end."""
@@ -204,6 +206,11 @@ class TorchEngine:
             modules=len(self._stack),
         )
 
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are accepted."""
+        return self._thread.is_alive() and not self._is_stopping
+
     def stop(self) -> None:
         """End every generation as cancelled and wait for the loop to finish."""
         with self._lock:
@@ -215,64 +222,67 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while not self._is_stopping:
-            self._run_tasks()
-            if not (self._scheduler.running or self._scheduler.waiting):
-                self._wake.wait(_IDLE_S)
-                self._wake.clear()
-                continue
-            try:
-                self._step()
-            except Exception as error:
-                logger.exception("a step failed outside any request")
-                for sequence in self._unfinished():
-                    self._fail(sequence, f"the engine failed: {error}")
+        try:
+            while not self._is_stopping:
+                self._run_tasks()
+                if self._scheduler.running or self._scheduler.waiting:
+                    self._step()
+                else:
+                    self._wake.wait(_IDLE_S)
+                    self._wake.clear()
+        except Exception:
+            logger.exception("the engine's loop failed: it stops")
+        finally:
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        """Accept nothing more, and end what is unfinished."""
+        with self._lock:
+            self._is_stopping = True
         for sequence in self._unfinished():
             self._finish(sequence, TokenEvent(finish_reason=FinishReason.CANCELLED))
         self._run_tasks()
 
     def _step(self) -> None:
-        """One forward for everything that runs; if it fails, each sequence is tried alone, so that
-        the one at fault ends and its neighbours go on.
-        """
+        """One forward for everything that runs, then its tokens."""
         for sequence in self._unfinished():
             if sequence.generation.is_cancelled:
                 self._finish(sequence, TokenEvent(finish_reason=FinishReason.CANCELLED))
         self._scheduler.admit(self._prepare)
-        chunks = self._scheduler.plan()
-        try:
-            self._forward(chunks)
-        except Exception as error:
-            if len(chunks) > 1:
-                logger.warning("a step failed and is repeated one by one: %s", error)
-            for chunk in chunks:
-                self._forward_alone(chunk)
+        if chunks := self._scheduler.plan():
+            for computed, sampled in self._computed(chunks):
+                self._advance(computed, sampled)
 
     def _unfinished(self) -> list[Sequence]:
         with self._lock:
             return [*self._scheduler.running, *self._scheduler.waiting]
 
-    def _forward_alone(self, chunk: Chunk) -> None:
-        try:
-            self._forward([chunk])
-        except Exception as error:
-            logger.exception("a request failed")
-            self._fail(chunk.sequence, f"the engine failed on this request: {error}")
-
     def _prepare(self, sequence: Sequence, reuse: Reuse) -> None:
-        """Ready a sequence that was given a slot: copy the prefix it reuses, expand its gates."""
-        if reuse.source != reuse.slot:
-            self._cache.copy_prefix(reuse.source, reuse.slot, reuse.length)
+        """Ready a sequence that was given a slot: copy the prefix it reuses."""
+        try:
+            if reuse.source != reuse.slot:
+                self._cache.copy_prefix(reuse.source, reuse.slot, reuse.length)
+        except Exception:
+            self._fail(sequence, _FAILED)
+            return
+        self._scheduler.prefixes.contents[reuse.slot].valid = reuse.length
         sequence.generation.cached_tokens = reuse.length
         self._count(reused_tokens=reuse.length, prompt_tokens=len(sequence.tokens))
 
-    def _forward(self, chunks: list[Chunk]) -> None:
-        """Run the model over the chunks, sample where a chunk ends its sequence, and tell. Nothing
-        is changed before both have succeeded.
+    def _computed(self, chunks: list[Chunk]) -> list[tuple[list[Chunk], _Samples]]:
+        """The chunks with what was sampled. When a forward fails each chunk is tried alone, so that
+        the one at fault ends and its neighbours go on; computing changes nothing else.
         """
-        if not chunks:
-            return
-        sampled = self._compute(chunks)
+        try:
+            return [(chunks, self._compute(chunks))]
+        except Exception:
+            if len(chunks) == 1:
+                self._fail(chunks[0].sequence, _FAILED)
+                return []
+        return [result for chunk in chunks for result in self._computed([chunk])]
+
+    def _advance(self, chunks: list[Chunk], sampled: _Samples) -> None:
+        """The chunks are in the cache: tell of the tokens that were sampled."""
         self._count(steps=1)
         for chunk in chunks:
             is_last = chunk.is_last
@@ -280,7 +290,7 @@ class TorchEngine:
             if is_last:
                 self._deliver(chunk.sequence, sampled[chunk.sequence])
 
-    def _compute(self, chunks: list[Chunk]) -> dict[Sequence, Sampled | None]:
+    def _compute(self, chunks: list[Chunk]) -> _Samples:
         spans, ids, last_rows = pack(chunks)
         device = self.model.device
         batch = PackedBatch(spans, device=device, cache=self._cache)
@@ -322,9 +332,8 @@ class TorchEngine:
         self._count(generated_tokens=1)
         try:
             event = _event(sequence, sampled)
-        except Exception as error:
-            logger.exception("a token could not be decoded")
-            self._fail(sequence, f"token {sampled.token_id} could not be decoded: {error}")
+        except Exception:
+            self._fail(sequence, _FAILED)
             return
         if event.finish_reason:
             self._finish(sequence, event)
@@ -332,24 +341,29 @@ class TorchEngine:
             sequence.generation.deliver(event)
 
     def _fail(self, sequence: Sequence, message: str) -> None:
+        """End a sequence with an error; inside an except block, the log says which."""
+        logger.error("a request failed: %s", message, exc_info=sys.exc_info()[0] is not None)
         self._finish(sequence, TokenEvent(finish_reason=FinishReason.ERROR, error=message))
 
     def _finish(self, sequence: Sequence, event: TokenEvent) -> None:
         """Free what the sequence held, then deliver its last event."""
+        if sequence.is_over:
+            return
+        sequence.is_over = True
+        with self._lock:
+            self._scheduler.remove(sequence)
+            self._users.subtract(sequence.blend.keys())
         try:
-            with self._lock:
-                self._scheduler.remove(sequence)
-                self._users.subtract(sequence.blend.keys())
             for digest in sequence.blend:
                 self._evict_if_unused(digest)
         finally:
             sequence.generation.deliver(event)
 
-    def _load(self, module: Module, digest: str) -> None:
-        if digest not in self._stack:
-            self._stack.add(module)
+    def _load(self, prepared: PreparedModule) -> None:
+        if prepared.digest not in self._stack:
+            self._stack.add(prepared)
         with self._lock:
-            self._loads[digest] += 1
+            self._loads[prepared.digest] += 1
 
     def _unload(self, digest: str) -> None:
         with self._lock:

@@ -33,7 +33,7 @@ class SamplingParams:
     seed: the same tokens again, whatever else is in the batch; None draws a fresh one.
     frequency_penalty, presence_penalty: in [-2, 2], over the tokens generated.
     repetition_penalty: above 0, 1 is off; over prompt and generated tokens.
-    logit_bias: added to the logits, by token id, in [-100, 100].
+    logit_bias: added to the logits, by token id; finite.
     stop: texts that end the generation and are not returned, up to 16.
     stop_token_ids: tokens that end it, besides the model's own end tokens.
     ignore_eos: go on past the model's own end tokens.
@@ -90,8 +90,8 @@ class SamplingParams:
         _check(
             "logit_bias",
             dict(self.logit_bias),
-            "between -100 and 100 per token",
-            all(abs(bias) <= 100 for bias in self.logit_bias.values()),
+            "finite numbers",
+            all(map(math.isfinite, self.logit_bias.values())),
         )
         _check(
             "stop",

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..adapters.errors import MergerouteError
-from .errors import ApiError, describe, error_body, retry_headers
+from .errors import CLIENT_CLOSED, ApiError, describe, error_body, retry_headers
 from .metrics import Metrics, Stopwatch
 from .responses import ChatShape, CompletionShape, Progress
 from .schemas import ChatRequest, CompletionRequest, GenerationBody
@@ -32,7 +32,6 @@ from .validation import read_json, validate
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_CLIENT_CLOSED = 499
 _HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 """Printable ASCII; a header holds other characters percent-encoded."""
 
@@ -80,6 +79,10 @@ def create_app(service: Service) -> FastAPI:
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
+        if not service.is_running:
+            raise ApiError(
+                "an engine has stopped: restart the server", status=503, code="not_ready"
+            )
         return {"status": "ok"}
 
     @app.get("/version")
@@ -146,7 +149,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[None]) -> None:
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError("the client closed the connection", status=_CLIENT_CLOSED)
+            raise ApiError("the client closed the connection", status=CLIENT_CLOSED)
         await working
     finally:
         for task in (working, leaving):

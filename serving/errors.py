@@ -17,6 +17,9 @@ from ..adapters.errors import (
     UnknownTargetError,
 )
 
+CLIENT_CLOSED = 499
+"""nginx's status for a client that left; nobody reads it but the log and the metrics."""
+
 
 class ApiError(MergerouteError):
     """An error with its HTTP form, for what only this layer can know."""

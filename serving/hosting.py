@@ -11,7 +11,8 @@ from typing import Any
 from ..adapters.bank import Bank
 from ..adapters.blend import Blend
 from ..adapters.digest import short
-from ..adapters.errors import BankError, UnknownTargetError
+from ..adapters.errors import BackboneError, BankError, RouterError, UnknownTargetError
+from ..routers.base import Query
 from ..routers.router import Router
 from ..routers.store import load_router, modules_of
 from ..runtime.torch_engine import EngineOptions, TorchEngine
@@ -125,13 +126,23 @@ def _router(bank: Bank, engine: TorchEngine) -> Router | None:
             f"the router of bank {bank.name!r} names {min(unknown)!r}, which the bank lacks: "
             "fit the router again"
         )
-    return load_router(bank.router_path, encode=engine.encode)
+    router = load_router(bank.router_path, encode=engine.encode)
+    try:
+        router.route(Query((0, 1)))
+    except (RouterError, RuntimeError) as error:
+        raise BankError(
+            f"the router of bank {bank.name!r} does not fit its backbone ({error}): fit it again"
+        ) from error
+    return router
 
 
 def _defaults(path: Path) -> SamplingParams:
     """The sampling values that the backbone's generation_config.json states, as vLLM reads it."""
     file = path / "generation_config.json"
-    stated = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        stated = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise BackboneError(f"{file} is no JSON: {error}") from error
     return SamplingParams(
         **{name: stated[name] for name in _SAMPLING_DEFAULTS if stated.get(name) is not None}
     )

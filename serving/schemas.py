@@ -59,6 +59,9 @@ class Message(_Body):
         return "".join(part.text for part in self.content)
 
 
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class _Generation(_Body):
     """What chat and text completions share; ranges of sampling values are checked by the engine."""
 
@@ -76,7 +79,7 @@ class _Generation(_Body):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+    logit_bias: dict[int, _Bias] = Field(default_factory=dict, max_length=1024)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="a label of the caller; changes nothing")

@@ -97,6 +97,11 @@ class Service:
             raise ApiError("a preview takes one prompt at a time", param="prompt")
         return _route_object(assignments[0])
 
+    @property
+    def is_running(self) -> bool:
+        """Whether every engine accepts requests."""
+        return all(hosted.engine.is_running for hosted in self.hosted)
+
     def stop(self) -> None:
         """End all generations and free the engines."""
         for engine in {id(h.engine): h.engine for h in self.hosted}.values():

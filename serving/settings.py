@@ -111,18 +111,18 @@ def _read_file(path: Path) -> dict[str, object]:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{path} holds no settings: write 'banks: [path/to/bank]'")
-    for key in ("banks", "modules", "backbone"):
+    for key in ("banks", "modules"):
         if key in values:
             values[key] = _beside(path, values[key])
+    if (path.parent / str(values.get("backbone"))).exists():  # else a hub id
+        values["backbone"] = _beside(path, values["backbone"])
     return values
 
 
 def _beside(path: Path, value: object) -> object:
-    """Relative paths in a value, made relative to the file; hub ids stay as they are."""
+    """The paths in a value, relative ones beside the file."""
     if isinstance(value, list):
         return [_beside(path, item) for item in value]
     if isinstance(value, dict):
         return {key: _beside(path, item) for key, item in value.items()}
-    if isinstance(value, str) and (path.parent / value).exists():
-        return str(path.parent / value)
-    return value
+    return str(path.parent / value) if isinstance(value, str) else value

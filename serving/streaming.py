@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from ..runtime.types import FinishReason, TokenEvent
@@ -13,12 +14,8 @@ from .responses import Progress, Shape
 from .service import Choice
 
 
-async def events_of(choices: Sequence[Choice]) -> AsyncIterator[tuple[Choice, TokenEvent]]:
-    """Events of all choices as they come. Leaving early cancels what still runs.
-
-    Raises:
-        ApiError: the engine failed on a choice.
-    """
+async def events_of(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, TokenEvent]]:
+    """Events of all choices as they come. Leaving early cancels what still runs."""
     merged: asyncio.Queue[tuple[Choice, TokenEvent]] = asyncio.Queue()
 
     async def follow(choice: Choice) -> None:
@@ -30,7 +27,6 @@ async def events_of(choices: Sequence[Choice]) -> AsyncIterator[tuple[Choice, To
     try:
         while running:
             choice, event = await merged.get()
-            _raise_failure(event)
             running -= event.finish_reason is not None
             yield choice, event
     finally:
@@ -48,8 +44,10 @@ async def collect(progress: Sequence[Progress]) -> None:
     Raises:
         ApiError: the engine failed on a choice.
     """
-    async for choice, event in events_of([p.choice for p in progress]):
-        progress[choice.index].add(event)
+    async with aclosing(events_of([p.choice for p in progress])) as events:
+        async for choice, event in events:
+            progress[choice.index].add(event)
+            _raise_failure(event)
 
 
 async def server_sent_events(
@@ -64,10 +62,12 @@ async def server_sent_events(
         for choice in choices:
             if opening := shape.opening(choice):
                 yield _line(opening)
-        async for choice, event in events_of(choices):
-            progress[choice.index].add(event)
-            if chunk := shape.chunk(choice, event):
-                yield _line(chunk)
+        async with aclosing(events_of(choices)) as events:
+            async for choice, event in events:
+                progress[choice.index].add(event)
+                _raise_failure(event)
+                if chunk := shape.chunk(choice, event):
+                    yield _line(chunk)
         if includes_usage:
             yield _line(shape.closing(progress))
         yield "data: [DONE]\n\n"

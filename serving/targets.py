@@ -44,8 +44,13 @@ class Targets:
         for host in hosted:
             for module in host.digests:
                 self._modules.setdefault(module, []).append(host)
-        if clashing := self.banks.keys() & self._modules.keys():
-            raise BankError(f"{min(clashing)!r} is a bank and a module: rename one of them")
+        kinds = (self.banks, self._modules, self._backbones, (AUTO,))
+        counts = Counter(name for names in kinds for name in names)
+        if clashing := [name for name, count in counts.items() if count > 1]:
+            raise BankError(
+                f"{min(clashing)!r} would name two things (bank, module, backbone or '{AUTO}'): "
+                "rename one of them"
+            )
 
     def resolve(self, model: str, weights: Mapping[str, float] | None = None) -> Target:
         """What a request asks for.

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from ..adapters.errors import RequestError
-from .errors import ApiError
+from .errors import CLIENT_CLOSED, ApiError
 from .schemas import ChatRequest, CompletionRequest, without_no_effect
 
 MAX_BODY_BYTES = 4 << 20
@@ -40,10 +41,13 @@ async def read_json(request: Request) -> dict[str, Any]:
         ApiError: it is too large, no JSON object, or holds what is no text.
     """
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise ApiError(f"the body is over {MAX_BODY_BYTES:,} bytes: shorten it", status=413)
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > MAX_BODY_BYTES:
+                raise ApiError(f"the body is over {MAX_BODY_BYTES:,} bytes: shorten it", status=413)
+    except ClientDisconnect as error:
+        raise ApiError("the client closed the connection", status=CLIENT_CLOSED) from error
     try:
         document = json.loads(bytes(content))
         json.dumps(document, ensure_ascii=False).encode()  # fails on a lone surrogate

@@ -84,6 +84,10 @@ def test_policies_compose_and_parse() -> None:
         "softmax(1",
         "top_k(0)",
         "top_k(1.5)",
+        "softmax | top_k(inf)",
+        "abstain | softmax",
+        "top_k(1) | quantise",
+        "softmax | softmax",
         "abstain(0)",
         "abstain(1)",
         "abstain(nan)",
@@ -93,7 +97,7 @@ def test_policies_compose_and_parse() -> None:
     ],
 )
 def test_a_bad_policy_is_refused(text: str) -> None:
-    with pytest.raises(RouterError, match="policy step"):
+    with pytest.raises(RouterError, match="policy"):
         Policy.parse(text)
 
 

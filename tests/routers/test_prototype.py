@@ -93,3 +93,29 @@ def test_bad_labels_are_refused() -> None:
         Prototype.fit(features, ["other", *labels[1:]], modules=MODULES)
     with pytest.raises(RouterError, match="'m3' has 0 prompts"):
         Prototype.fit(features, labels, modules=(*MODULES, "m3"))
+
+
+def test_calibration_is_measured_on_prompts_that_were_held_out() -> None:
+    features, labels = draw(10, seed=4)
+    scorer = Prototype.fit(features, labels, modules=MODULES)
+    in_sample = sorted(s for x in features if (s := scorer.score(x).distance) is not None)
+    assert sum(scorer.calibration) > 1.2 * sum(in_sample)
+
+
+def test_distances_stay_exact_far_from_the_origin_with_many_modules() -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = [f"m{k}" for k in range(40)]
+    means = torch.randn(40, 8, generator=generator).double() * 5
+    rows = means.repeat_interleave(20, 0) + torch.randn(800, 8, generator=generator)
+    labels = [name for name in names for _ in range(20)]
+    near = Prototype.fit(rows, labels, modules=names)
+    far = Prototype.fit(rows + 300, labels, modules=names)
+    for x in rows[::50]:
+        expected = near.score(x).distance
+        assert far.score(x + 300).distance == pytest.approx(expected, rel=1e-2)
+
+
+def test_prompts_that_are_all_alike_are_refused() -> None:
+    features = torch.zeros(10, 4)
+    with pytest.raises(RouterError, match="all alike"):
+        Prototype.fit(features, ["m0"] * 5 + ["m1"] * 5, modules=("m0", "m1"))

@@ -78,10 +78,11 @@ class Served:
     url: str
     service: Service
     bank: Bank
+    openai_client: openai.OpenAI
 
     def client(self) -> openai.OpenAI:
         """An unmodified OpenAI client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return self.openai_client
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +101,11 @@ def bank(tmp_path_factory: pytest.TempPathFactory, checkpoint: Backbone) -> Bank
 def served(bank: Bank) -> Iterator[Served]:
     placement = Placement(dtype="float32", options=EngineOptions(max_concurrency=8))
     service = Service(host_banks([bank], placement))
-    with running(service) as url:
-        yield Served(url, service, bank)
+    with (
+        running(service) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield Served(url, service, bank, client)
 
 
 class running:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -35,12 +36,12 @@ def bank_path(bank: Bank) -> Path:
 def test_serve_answers_until_it_is_interrupted(bank_path: Path) -> None:
     server = serving("serve", bank_path, "--dtype", "float32", "--log-format", "json")
     with server as url:
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-        answer = client.chat.completions.create(
-            model="auto",
-            messages=[{"role": "user", "content": "shout the word 7"}],
-            max_tokens=3,
-        )
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            answer = client.chat.completions.create(
+                model="auto",
+                messages=[{"role": "user", "content": "shout the word 7"}],
+                max_tokens=3,
+            )
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 3
     assert server.process.returncode == 0
@@ -72,6 +73,15 @@ def test_serve_reads_a_config_whose_paths_are_relative_to_it(
     with serving("serve", "--config", config) as url:
         models = httpx.get(f"{url}/v1/models").json()["data"]
     assert {model["max_model_len"] for model in models} == {100}
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """The commands run in this process set handlers up that write to a captured stream."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 def run_here(arguments: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> int:

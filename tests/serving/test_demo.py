@@ -20,8 +20,8 @@ TEST_SET = Path(__file__).parents[2] / "examples" / "zoo" / "test.jsonl"
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    with serving("demo") as url:
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    with serving("demo") as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        yield client
 
 
 def lines(kind: str, every: int) -> list[dict[str, str]]:

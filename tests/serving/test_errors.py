@@ -71,7 +71,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"n": "2"}, 400, "n", None, 'n is "2", it must be a valid integer'),
         ({"logprobs": 1}, 400, "logprobs", None, "valid boolean"),
         ({"stop_token_ids": [-1]}, 400, "stop_token_ids", None, "-1"),
-        ({"logit_bias": {"5": 101}}, 400, "logit_bias", None, "between -100 and 100"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias.5", None, "at most 100"),
         ({"top_k": 10**400}, 400, "top_k", None, "."),
         ({"top_k": -2}, 400, "top_k", None, "0 .off."),
         (
@@ -85,9 +85,9 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
             400,
-            "messages.0.content.0.type",
+            "messages.0.content",
             None,
-            "must be 'text'",
+            ".",
         ),
         ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", None, "not both"),
         ({"messages": []}, 400, "messages", None, "at least 1"),
@@ -255,7 +255,7 @@ def test_an_engine_failure_reaches_the_openai_client(served: Served) -> None:
 
     handle = engine.model.register_forward_pre_hook(explode)
     try:
-        with pytest.raises(openai.InternalServerError, match="cosmic ray"):
+        with pytest.raises(openai.InternalServerError, match="engine failed on this request"):
             client.chat.completions.create(
                 model="auto",
                 messages=MESSAGES,
@@ -266,7 +266,7 @@ def test_an_engine_failure_reaches_the_openai_client(served: Served) -> None:
             messages=MESSAGES,
             stream=True,
         )
-        with pytest.raises(openai.APIError, match="cosmic ray"):
+        with pytest.raises(openai.APIError, match="engine failed on this request"):
             list(stream)
     finally:
         handle.remove()

@@ -137,7 +137,7 @@ def test_one_name_for_two_things_is_refused(
     clashing = Bank.adhoc("upper", checkpoint, [BankModule("m", tmp_path / "m")])
     (extra,) = host_banks([clashing], PLACEMENT)
     extra.engine.stop()
-    with pytest.raises(BankError, match="'upper' is a bank and a module"):
+    with pytest.raises(BankError, match="'upper' would name two things"):
         Targets([hosted[0], extra])
 
 
