@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +24,8 @@ import openai
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from .machine import describe_machine
 
 DATA = Path(__file__).parent.parent / "examples" / "zoo" / "test.jsonl"
 BACKBONE = "zoo-base"
@@ -171,14 +170,13 @@ def show(figures: Sequence[Figures]) -> None:
     """The table."""
     table = Table(title="held-out inputs through model=auto, in percent")
     for column in Figures.__dataclass_fields__:
-        table.add_column(column, justify="right")
+        table.add_column(column.replace("_", " "), justify="right")
     for row in figures:
         values = list(asdict(row).values())
         table.add_row(*(f"{v:.1f}" if isinstance(v, float) else str(v) for v in values))
     console = Console()
     console.print(table)
-    processor = platform.processor() or platform.machine()
-    console.print(f"{date.today()}, {processor}, {os.cpu_count()} cores")
+    console.print(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
 
 
 def main() -> None:
