@@ -1,5 +1,6 @@
 """How long each model of the zoo is trained, and the jobs that do it."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from .tasks import load_tasks, target_tasks
 from .train import Schedule, train_full, train_lora
 
 MARKS = ".done"
+SOURCES = ("model.py", "numerals.py", "tasks.py", "tokenizer.py", "train.py", "wordings.toml")
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,23 @@ QUICK = Plan(
 
 
 def is_done(out: Path, name: str, schedule: Schedule) -> bool:
-    """Tell whether a model was already trained with this very schedule."""
+    """Tell whether a model was already trained with this very schedule and these sources."""
     mark = out / MARKS / name
-    return mark.exists() and mark.read_text("utf-8") == repr(schedule)
+    return mark.exists() and mark.read_text("utf-8") == _recipe(schedule)
 
 
 def mark_done(out: Path, name: str, schedule: Schedule) -> None:
     """Remember that a model was trained, and how."""
     (out / MARKS).mkdir(parents=True, exist_ok=True)
-    (out / MARKS / name).write_text(repr(schedule), "utf-8")
+    (out / MARKS / name).write_text(_recipe(schedule), "utf-8")
+
+
+def _recipe(schedule: Schedule) -> str:
+    """What decides the weights: the schedule, and the sources of data and model."""
+    digest = hashlib.sha256()
+    for source in SOURCES:
+        digest.update((Path(__file__).parent / source).read_bytes())
+    return f"{schedule} {digest.hexdigest()}"
 
 
 def forget_all(out: Path) -> None:

@@ -540,3 +540,29 @@ def test_the_loaded_module_is_the_one_that_was_verified(bank: Path) -> None:
         assert isinstance(opened.load(opened.modules[0]), Module)
     finally:
         os.chdir(here)
+
+
+def test_an_interrupt_while_a_bank_is_replaced_keeps_the_old_one(
+    sources: Path, bank: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_of(bank)
+    rename = os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target) == bank and ".old." not in str(source):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(sources, bank, name="other", force=True)
+    assert files_of(bank) == before
+    assert Bank.open(bank).name == "zoo"
+
+
+def test_only_a_bank_is_replaced(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(BankError, match="is no bank and will not be replaced"):
+        write(sources, tmp_path / "thesis", force=True)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
