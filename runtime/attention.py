@@ -43,11 +43,6 @@ class KVCache:
         self.max_length = max_length
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes reserved; on CPU the system commits them as they are written."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self._layers.values())
-
     def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's cache; the new keys and values [1, heads, t, size] tell its shape."""
         if index not in self._layers:

@@ -74,13 +74,21 @@ def validate(document: Mapping[str, Any], kind: type[_Body]) -> _Body:
             raise _unsupported(unknown[0])
         return kind.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
-        raise _explained(dict(error.errors()[0])) from error
+        raise _explained(_most_specific(error)) from error
     except RecursionError as error:
         raise ApiError("the body is nested too deeply") from error
 
 
+def _most_specific(error: ValidationError) -> Mapping[str, Any]:
+    """The first field's error; of a union, the branch that came furthest."""
+    errors = [dict(each) for each in error.errors()]
+    field = _path(errors[0])
+    same_field = [each for each in errors if _path(each)[: len(field)] == field]
+    return max(same_field, key=lambda each: len(_path(each)))
+
+
 def _explained(error: Mapping[str, Any]) -> ApiError:
-    where = ".".join(str(part) for part in error["loc"] if _is_ours(part)) or None
+    where = ".".join(map(str, _path(error))) or None
     context = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         return _unsupported(str(where))
@@ -95,10 +103,10 @@ def _explained(error: Mapping[str, Any]) -> ApiError:
     return ApiError(f"{where}{stated} {rule.format(**context)}", param=where)
 
 
-def _is_ours(part: int | str) -> bool:
-    """Whether a part of pydantic's location is in the body, not the name of a type."""
-    is_type = isinstance(part, str) and ("[" in part or part in ("str", "int", "TextPart"))
-    return not is_type
+def _path(error: Mapping[str, Any]) -> list[int | str]:
+    """Where in the body the error is: pydantic's location without its names of types."""
+    types = ("str", "int", "TextPart")
+    return [p for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in types))]
 
 
 def _unsupported(name: str) -> ApiError:

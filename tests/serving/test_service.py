@@ -15,7 +15,7 @@ from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.errors import BankError, ContextLengthError, QueueFullError
 from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
-from mergeroute.serving.schemas import ChatRequest, CompletionRequest
+from mergeroute.serving.schemas import ChatRequest
 from mergeroute.serving.service import Service
 from mergeroute.serving.validation import validate
 
@@ -81,13 +81,12 @@ def test_a_full_queue_is_429_with_retry_after(tight: Service) -> None:
 
 
 def test_several_prompts_are_routed_apart_and_the_headers_tell(served: Served) -> None:
-    body = {"prompt": ["shout the word 1", "0 1 2 3 4 5"], "model": "auto", "max_tokens": 1}
+    texts = ("shout the word 1", "0 1 2 3 4 5")
+    prompts = [f"<|user|>user:{text}<|end|><|user|>" for text in texts]
+    body = {"prompt": prompts, "model": "auto", "max_tokens": 1}
     headers = httpx.post(f"{served.url}/v1/completions", json=body).headers
-    assignments = served.service._assign(validate(body, CompletionRequest))
-    blends = [a.decision.blend.weights_text for a in assignments]
     assert headers["x-mergeroute-target"] == "auto"
-    expected = blends[0] if len(set(blends)) == 1 else "; ".join(blends)
-    assert headers["x-mergeroute-blend"] == expected
+    assert headers["x-mergeroute-blend"] == "upper=1; digit=1"
 
 
 def test_the_backbones_generation_config_fills_in(bank: Bank, tmp_path: Path) -> None:
