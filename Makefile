@@ -5,8 +5,9 @@ HOST ?= 127.0.0.1
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARITY := $(VENV)/.installed-parity
 
-.PHONY: demo serve test lint format zoo bench clean
+.PHONY: demo serve test parity lint format zoo bench clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -23,6 +24,14 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest
+
+# mergekit and FusionBench bring 47 packages, 0.7 GB: only here
+$(PARITY): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,parity]'
+	touch $(PARITY)
+
+parity: $(PARITY)
+	$(BIN)/pytest -m parity tests/parity
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -9,13 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from .digest import file_digest, json_digest
 from .errors import BackboneError
+from .kinds import empty_model
+from .shapes import Shapes
 
 CHECKPOINT_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """Files of a checkpoint folder that are read, copied and digested. Pickles are not among them."""
@@ -49,15 +46,14 @@ class Backbone:
         return cls(path=path, name=name or _last_part(source, path), digest=_digest(path))
 
     @cached_property
+    def shapes(self) -> Shapes:
+        """Everything a module may change: linear layers, embeddings, head and vectors."""
+        return Shapes.of(empty_model(self.path))
+
+    @property
     def layers(self) -> Mapping[str, tuple[int, int]]:
-        """The linear layers a module may change: name to (out, in); see `linear_layers`."""
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(config)
-        except (ValueError, KeyError, OSError, AttributeError) as error:
-            raise BackboneError(f"{self.path} is no causal language model: {error}") from error
-        return linear_layers(model)
+        """The inner linear layers alone: name to (out, in); see `linear_layers`."""
+        return self.shapes.linear
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 - transformers is untyped
@@ -65,16 +61,7 @@ def linear_layers(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401 - t
 
     GPT-2's Conv1D counts: it stores its weight transposed, its deltas have the same shape as ever.
     """
-    head = model.get_output_embeddings()
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, layer in model.named_modules():
-        if layer is head:
-            continue
-        if isinstance(layer, nn.Linear):
-            shapes[name] = (layer.out_features, layer.in_features)
-        elif isinstance(layer, Conv1D):
-            shapes[name] = (layer.weight.shape[1], layer.weight.shape[0])
-    return shapes
+    return dict(Shapes.of(model).linear)
 
 
 def locate(source: str | Path) -> Path:
@@ -83,11 +70,7 @@ def locate(source: str | Path) -> Path:
     Raises:
         BackboneError: neither a folder with a checkpoint nor a hub id that can be fetched.
     """
-    path = Path(source).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(str(source)):
-        path = _fetch(str(source))
-    if not path.is_dir():
-        raise BackboneError(f"{source} is neither a folder nor a hub id (owner/name)")
+    path = local_folder(source)
     if not (path / "config.json").is_file():
         raise BackboneError(f"{path} holds no config.json: name a Hugging Face checkpoint folder")
     if not any(path.glob("*.safetensors")):
@@ -95,6 +78,20 @@ def locate(source: str | Path) -> Path:
             f"{path} holds no *.safetensors: convert it with save_pretrained(); "
             "pickled weights are never opened"
         )
+    return path
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or the copy of a hub id in the hub's cache.
+
+    Raises:
+        BackboneError: neither a folder nor a hub id that can be fetched.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+        path = _fetch(str(source))
+    if not path.is_dir():
+        raise BackboneError(f"{source} is neither a folder nor a hub id (owner/name)")
     return path.resolve()
 
 

@@ -3,6 +3,7 @@
 manifest.json            written last; a folder without it is no bank
 backbone/                a Hugging Face checkpoint (absent when the manifest refers to one)
 modules/<name>/          a PEFT LoRA folder each
+shared/                  a PEFT LoRA folder that every blend contains, when there is one
 router/                  what mergeroute.routers wrote
 """
 
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import Any
 
 from .backbone import Backbone, checkpoint_files, digest_of_files
 from .digest import file_digest, json_digest
-from .errors import BankError
-from .lora import CONFIG_FILE, WEIGHTS_FILE, Module
+from .errors import BankError, ModuleError
+from .lora import Module
 from .manifest import (
     MANIFEST,
     BackboneEntry,
@@ -33,6 +34,7 @@ from .manifest import (
     check_names,
     read_manifest,
 )
+from .module_files import module_files
 
 Progress = Callable[[str], None]
 """Told the name of each file once it is read."""
@@ -58,6 +60,8 @@ class Bank:
     backbone: Backbone
     modules: tuple[BankModule, ...]
     router_path: Path | None = None
+    shared: BankModule | None = None
+    recipe: Mapping[str, Any] | None = None
 
     @classmethod
     def open(
@@ -86,6 +90,8 @@ class Bank:
             backbone=_open_backbone(folder, manifest),
             modules=tuple(_open_module(folder, manifest, entry) for entry in manifest.modules),
             router_path=folder / manifest.router if manifest.router else None,
+            shared=_open_shared(folder, manifest),
+            recipe=manifest.recipe,
         )
 
     @classmethod
@@ -106,7 +112,7 @@ class Bank:
         Raises:
             ModuleError: it cannot be served on this backbone.
         """
-        return Module.load(module.path, name=module.name, layers=self.backbone.layers)
+        return Module.load(module.path, name=module.name, layers=self.backbone.shapes)
 
 
 def write_bank(
@@ -128,37 +134,71 @@ def write_bank(
     Raises:
         BankError: `path` exists, a name is not allowed, or a module folder is incomplete.
     """
+    check_names([name, *(module.name for module in modules)])
+    with new_bank(path, force=force) as folder:
+        if embed_backbone:
+            copy_files(checkpoint_files(backbone.path), folder / "backbone")
+        for module in modules:
+            copy_files(_files_of(module), folder / "modules" / module.name)
+        if write_router:
+            (folder / "router").mkdir()
+            write_router(folder / "router")
+        entry = BackboneEntry(
+            name=backbone.name,
+            folder="backbone" if embed_backbone else None,
+            reference=None if embed_backbone else str(backbone.path),
+            digest=backbone.digest,
+        )
+        seal(folder, name=name, backbone=entry, modules=modules)
+    return Bank.open(path, verify=False)
+
+
+@contextmanager
+def new_bank(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """An empty folder beside `path` that takes its place when the block ends well, sealed.
+
+    force: replace the bank that stands at `path`; nothing but a bank is replaced.
+
+    Raises:
+        BankError: `path` exists, or what was written cannot be opened.
+    """
     target = Path(path).expanduser()
     if target.exists() and not force:
         raise BankError(f"{target} exists: choose another folder or force the replacement")
     if target.is_file() or (target.is_dir() and not _is_replaceable(target)):
         raise BankError(f"{target} is no bank and will not be replaced: choose another folder")
-    check_names([name, *(module.name for module in modules)])
     with _staging(target) as folder:
-        if embed_backbone:
-            _copy_files(checkpoint_files(backbone.path), folder / "backbone")
-        for module in modules:
-            _copy_files(_module_files(module), folder / "modules" / module.name)
-        if write_router:
-            (folder / "router").mkdir()
-            write_router(folder / "router")
-        manifest = Manifest(
-            name=name,
-            backbone=BackboneEntry(
-                name=backbone.name,
-                folder="backbone" if embed_backbone else None,
-                reference=None if embed_backbone else str(backbone.path),
-                digest=backbone.digest,
-            ),
-            modules=tuple(_entry(module) for module in modules),
-            router="router" if write_router else None,
-            files=_file_entries(folder),
-        )
-        document = manifest.model_dump(mode="json")
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        yield folder
         Bank.open(folder)  # what cannot be opened takes nobody's place
-    return Bank.open(target, verify=False)
+
+
+def seal(
+    folder: Path,
+    *,
+    name: str,
+    backbone: BackboneEntry,
+    modules: Sequence[BankModule],
+    recipe: Mapping[str, Any] | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> None:
+    """Write the manifest of a bank's folder, which makes it a bank.
+
+    modules: what lies under modules/, in the router's order. router/ and shared/ are listed when
+    they are there. recipe: what the bank was built from. sources: digests of base and experts.
+    """
+    manifest = Manifest(
+        name=name,
+        backbone=backbone,
+        modules=tuple(_entry(module) for module in modules),
+        router="router" if (folder / "router").is_dir() else None,
+        shared="shared" if (folder / "shared").is_dir() else None,
+        recipe=dict(recipe) if recipe is not None else None,
+        sources=dict(sources or {}),
+        files=_file_entries(folder),
+    )
+    document = manifest.model_dump(mode="json")
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _is_replaceable(target: Path) -> bool:
@@ -190,9 +230,7 @@ def _open_backbone(folder: Path, manifest: Manifest) -> Backbone:
 
 
 def _open_module(folder: Path, manifest: Manifest, entry: ModuleEntry) -> BankModule:
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if f"{entry.folder}/{name}" not in manifest.files:
-            raise BankError(f"module {entry.name!r} of {folder} lacks {name} in the manifest")
+    _check_listed(folder, manifest, entry.folder)
     return BankModule(
         name=entry.name,
         path=folder / entry.folder,
@@ -200,6 +238,20 @@ def _open_module(folder: Path, manifest: Manifest, entry: ModuleEntry) -> BankMo
         samples=entry.samples,
         provenance=entry.provenance,
     )
+
+
+def _open_shared(folder: Path, manifest: Manifest) -> BankModule | None:
+    if manifest.shared is None:
+        return None
+    _check_listed(folder, manifest, manifest.shared)
+    return BankModule(name="shared", path=folder / manifest.shared)
+
+
+def _check_listed(folder: Path, manifest: Manifest, module: str) -> None:
+    """The files of a module's folder are in the manifest."""
+    for file in _files(folder / module):
+        if f"{module}/{file.name}" not in manifest.files:
+            raise BankError(f"{folder / module} lacks {file.name} in the manifest")
 
 
 def _outside(folder: Path, reference: str) -> str:
@@ -227,19 +279,26 @@ def _file_entries(folder: Path) -> dict[str, FileEntry]:
     }
 
 
-def _module_files(module: BankModule) -> list[Path]:
-    files = [module.path / CONFIG_FILE, module.path / WEIGHTS_FILE]
-    for file in files:
-        if not file.is_file():
-            raise BankError(f"module {module.name!r}: {file} is missing: name a PEFT LoRA folder")
-    return files
+def _files_of(module: BankModule) -> list[Path]:
+    try:
+        return _files(module.path)
+    except BankError as error:
+        raise BankError(f"module {module.name!r}: {error}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return module_files(folder)
+    except ModuleError as error:
+        raise BankError(str(error)) from error
 
 
 def _module_digests(module: BankModule) -> list[str]:
-    return [file_digest(file) for file in _module_files(module)]
+    return [file_digest(file) for file in _files_of(module)]
 
 
-def _copy_files(files: Sequence[Path], folder: Path) -> None:
+def copy_files(files: Sequence[Path], folder: Path) -> None:
+    """Copy files into a new folder."""
     folder.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)

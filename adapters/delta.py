@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,34 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm, in factor space: |BA|² = sum((BᵀB) * (AAᵀ))."""
-        left, right = self.left.double(), self.right.double()
-        return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())
+        return math.sqrt(max(self.inner(self), 0.0))  # in this order NaN stays NaN
+
+    def inner(self, other: LowRank) -> float:
+        """Frobenius inner product, in factor space and float64: sum((BᵀB') * (AA'ᵀ))."""
+        lefts = self.left.double().T @ other.left.double()
+        return float((lefts * (self.right.double() @ other.right.double().T)).sum())
+
+    def svd(self, *, rtol: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """U [o, k], S [k] in descending order and Vᵀ [k, i] of the change, in float64, without
+        forming the dense matrix.
+
+        rtol: singular values up to this share of the largest are dropped, in [0, 1); zeros always
+            are, so that a change that is zero has k = 0.
+
+        Source: QR of both factors and an SVD of the r x r core; Golub and Van Loan, 5.4.
+        """
+        u, singular, vt = _svd(self.left.double(), self.right.double())
+        kept = int((singular > rtol * singular[:1]).sum())
+        return u[:, :kept], singular[:kept], vt[:kept]
+
+    @classmethod
+    def from_svd(cls, u: Tensor, singular: Tensor, vt: Tensor) -> LowRank:
+        """Balanced factors: the square root of each singular value on either side.
+
+        u: [o, k]. singular: [k], at least 0. vt: [k, i].
+        """
+        root = singular.sqrt()
+        return cls(u * root, root[:, None] * vt)
 
     def compact(self, *, rank: int | None = None, energy: float | None = None) -> LowRank:
         """The best approximation of a lower rank, in balanced factors (the square root of each
@@ -75,14 +102,10 @@ class LowRank:
         """
         if (rank is None) == (energy is None):
             raise ValueError("give either rank or energy")
-        left_basis, left_core = torch.linalg.qr(self.left.float())
-        right_basis, right_core = torch.linalg.qr(self.right.float().T)
-        u, singular, vt = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+        u, singular, vt = _svd(self.left.float(), self.right.float())
         kept = _kept(singular, rank=rank, energy=energy)
-        root = singular[:kept].sqrt()
-        left = (left_basis @ u[:, :kept]) * root
-        right = root[:, None] * (vt[:kept] @ right_basis.T)
-        return LowRank(left.to(self.left.dtype), right.to(self.right.dtype))
+        compact = LowRank.from_svd(u[:, :kept], singular[:kept], vt[:kept])
+        return LowRank(compact.left.to(self.left.dtype), compact.right.to(self.right.dtype))
 
 
 def concat(deltas: Sequence[LowRank]) -> LowRank:
@@ -97,6 +120,13 @@ def concat(deltas: Sequence[LowRank]) -> LowRank:
     if len(shapes) > 1:
         raise ValueError(f"deltas of different shapes {sorted(shapes)} cannot be summed")
     return LowRank(torch.cat([d.left for d in deltas], 1), torch.cat([d.right for d in deltas], 0))
+
+
+def _svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left_basis, left_core = torch.linalg.qr(left)
+    right_basis, right_core = torch.linalg.qr(right.T)
+    u, singular, vt = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    return left_basis @ u, singular, vt @ right_basis.T
 
 
 def _kept(singular: Tensor, *, rank: int | None, energy: float | None) -> int:

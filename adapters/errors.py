@@ -3,6 +3,9 @@
 MergerouteError
 ├── BlendError              weights or names that make no blend
 ├── BackboneError           a folder that is no usable checkpoint
+│   └── CheckpointError     a file of it is missing, truncated or holds what cannot be used
+├── RecipeError             a recipe that cannot be built
+├── DataError               a data file with a line that cannot be used (mergeroute.routers)
 ├── ModuleError             a LoRA folder that cannot be served as it stands
 ├── BankError               a bank that is missing, corrupt, truncated or of a newer format
 ├── RouterError             a router that cannot be read, fitted or run (mergeroute.routers)
@@ -32,6 +35,18 @@ class BlendError(MergerouteError, ValueError):
 
 class BackboneError(MergerouteError):
     """A folder that is no usable checkpoint."""
+
+
+class CheckpointError(BackboneError):
+    """A checkpoint's file is missing, truncated or holds what cannot be used."""
+
+
+class RecipeError(MergerouteError):
+    """A recipe that cannot be built."""
+
+
+class DataError(MergerouteError):
+    """A data file with a line that cannot be used."""
 
 
 class ModuleError(MergerouteError):

@@ -13,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from .digest import file_digest, json_digest
 from .errors import BankError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SINCE_2 = ("shared", "recipe", "sources")
 MANIFEST = "manifest.json"
 RESERVED_NAMES = ("auto", "none", "backbone", "base", "blend")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -85,14 +86,22 @@ class Manifest(_Strict):
     router: Annotated[str, AfterValidator(_check_path)] | None = Field(
         None, description="folder of the router"
     )
+    shared: Annotated[str, AfterValidator(_check_path)] | None = Field(
+        None, description="folder of the always-on module"
+    )
+    recipe: dict[str, Any] | None = Field(None, description="what it was built from")
+    sources: dict[str, str] = Field(
+        default_factory=dict, description="digests of base and experts, by name"
+    )
     files: dict[Annotated[str, AfterValidator(_check_path)], FileEntry] = Field(
         description="every file of the bank but this one"
     )
 
     @property
     def digest(self) -> str:
-        """The bank's content digest."""
-        return json_digest(self.model_dump(mode="json"))
+        """The bank's content digest. Keys that a format 1 bank lacks do not count when empty."""
+        document = self.model_dump(mode="json")
+        return json_digest({k: v for k, v in document.items() if v or k not in _SINCE_2})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -115,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
     version = document.get("version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise BankError(
-            f"{path} has format version {version}, this program reads version {FORMAT_VERSION}: "
+            f"{path} has format version {version}, this program reads 1 to {FORMAT_VERSION}: "
             "upgrade mergeroute"
         )
     try:
@@ -128,7 +137,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def check_folders(folder: Path, manifest: Manifest) -> None:
     """Each folder that is served holds listed files, and no others: a reader would pick them up."""
-    folders = [manifest.backbone.folder, manifest.router, *(m.folder for m in manifest.modules)]
+    modules = (module.folder for module in manifest.modules)
+    folders = [manifest.backbone.folder, manifest.router, manifest.shared, *modules]
     for name in filter(None, folders):
         if not any(file.startswith(f"{name.rstrip('/')}/") for file in manifest.files):
             raise BankError(f"{folder / MANIFEST} lists no file of {name}: the bank is incomplete")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.errors import RouterError
 from .attention import PackedBatch, Span, packed
-from .blended import blending
+from .blending import blending
 
 
 class Encoder:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from itertools import takewhile
 
+from torch import Tensor
+
 from .attention import Span
-from .blended import ModuleStack, Segment
+from .blending import BlendPlan, Gated, Part, Segment
+from .module_stack import ModuleStack
 from .scheduler import Chunk
+
+Run = tuple[int, list[str]]
+"""Neighbouring rows of one sequence: how many, and the digests that change them."""
 
 _SLOW_COUNTS = range(7, 16)
 """On CPU, MKL multiplies the head with so many rows in 1.2 to 2.2 times the time of 16 rows."""
@@ -35,23 +41,75 @@ def pad_rows(rows: list[int]) -> list[int]:
     return rows + rows[-1:] * (_SLOW_COUNTS.stop - len(rows))
 
 
-def blend_segments(chunks: list[Chunk], stack: ModuleStack) -> tuple[Segment, ...]:
-    """Single rows come first and share a segment; each longer chunk gets its own, joined with the
-    one before when both need the same ranks. Rows without a blend are in none.
+def blend_plan(
+    chunks: list[Chunk], gates: Tensor, stack: ModuleStack, kept_rows: list[int]
+) -> BlendPlan:
+    """How a forward over these chunks blends. Parts that no resident module changes are left out.
+
+    gates: [t, R]. kept_rows: the rows whose logits are asked for, those of the last chunks first.
+    """
+    inner = Gated(gates, blend_segments(_runs(chunks, "inner", stack), stack))
+    if not stack.changes_beside_inner:
+        return BlendPlan(inner)
+    lasts = [chunk for chunk in chunks if chunk.is_last]
+    kept = gates[kept_rows]
+    return BlendPlan(
+        inner,
+        embedding=_gated(gates, _runs(chunks, "embedding", stack), stack),
+        head=_gated(kept, _single_runs(lasts, "head", stack), stack),
+        vectors=_slotted(gates, _runs(chunks, "vectors", stack), stack),
+        head_vectors=_slotted(kept, _single_runs(lasts, "head_vectors", stack), stack),
+    )
+
+
+def blend_segments(runs: list[Run], stack: ModuleStack) -> tuple[Segment, ...]:
+    """Single rows come first and share a segment; each longer run gets its own, joined with the
+    one before when both need the same ranks. Rows that nothing changes are in none.
     """
     segments: list[Segment] = []
-    singles = takewhile(lambda chunk: chunk.count == 1 and chunk.sequence.blend, chunks)
-    decodes = [chunk.sequence.blend for chunk in singles]
+    decodes = [digests for _, digests in takewhile(lambda run: run[0] == 1 and run[1], runs)]
     start = 0
     if decodes:
-        segments.append(Segment(0, len(decodes), stack.rank_slices(decodes)))
-    for chunk in chunks:
-        stop = start + chunk.count
-        if chunk.sequence.blend and start >= len(decodes):
-            ranks = stack.rank_slices([chunk.sequence.blend])
+        needed = [digest for digests in decodes for digest in digests]
+        segments.append(Segment(0, len(decodes), stack.rank_slices(needed)))
+    for count, digests in runs:
+        stop = start + count
+        if digests and start >= len(decodes):
+            ranks = stack.rank_slices(digests)
             if segments and segments[-1].stop == start and segments[-1].ranks == ranks:
                 segments[-1] = Segment(segments[-1].start, stop, ranks)
             else:
                 segments.append(Segment(start, stop, ranks))
         start = stop
     return tuple(segments)
+
+
+def _runs(chunks: list[Chunk], part: Part, stack: ModuleStack) -> list[Run]:
+    changing = stack.changing(part)
+    return [
+        (chunk.count, [digest for digest in chunk.sequence.blend if digest in changing])
+        for chunk in chunks
+    ]
+
+
+def _single_runs(chunks: list[Chunk], part: Part, stack: ModuleStack) -> list[Run]:
+    return [(1, digests) for _, digests in _runs(chunks, part, stack)]
+
+
+def _gated(gates: Tensor, runs: list[Run], stack: ModuleStack) -> Gated | None:
+    segments = blend_segments(runs, stack)
+    return Gated(gates, segments) if segments else None
+
+
+def _slotted(gates: Tensor, runs: list[Run], stack: ModuleStack) -> Gated | None:
+    """As `_gated` for vectors: neighbouring rows that any module changes are one segment."""
+    segments: list[Segment] = []
+    start = 0
+    for count, digests in runs:
+        stop = start + count
+        if digests and segments and segments[-1].stop == start:
+            segments[-1] = Segment(segments[-1].start, stop, ())
+        elif digests:
+            segments.append(Segment(start, stop, ()))
+        start = stop
+    return Gated(stack.slot_gates(gates), tuple(segments)) if segments else None

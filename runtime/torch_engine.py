@@ -24,7 +24,7 @@ from ..adapters.errors import (
 from ..adapters.lora import Module
 from .admission import Admission
 from .attention import KVCache, PackedBatch, packed
-from .blended import BlendPlan, ModuleStack, PreparedModule, blending
+from .blending import BlendPlan, blending
 from .compatibility import prepare_model
 from .detokenize import TextStream
 from .encoder import Encoder
@@ -37,7 +37,8 @@ from .loading import (
     load_model,
     load_tokenizer,
 )
-from .packing import blend_segments, pack, pad_rows
+from .module_stack import ModuleStack, PreparedModule
+from .packing import blend_plan, pack, pad_rows
 from .prefix_cache import Reuse
 from .sampling import Sampled, SamplingState, sample
 from .scheduler import Chunk, Scheduler, Sequence
@@ -78,7 +79,8 @@ class EngineOptions:
 class TorchEngine:
     """Continuous batching over a transformers model, exact for any mix of blends.
 
-    The model becomes the engine's own: its attention and linear layers are replaced.
+    The model becomes the engine's own: its attention is replaced, and so is every layer that a
+    module changes.
     Use it as a context manager, or call `stop`.
 
     tokenizer: a fast tokenizer; without one, events carry no text and stop texts are refused.
@@ -299,22 +301,23 @@ class TorchEngine:
             "position_ids": batch.positions[None],
             "use_cache": False,
         }
-        with packed(batch), blending(self._blend_plan(chunks)):
+        kept_rows = pad_rows(last_rows)
+        with packed(batch), blending(self._blend_plan(chunks, kept_rows)):
             if not last_rows:
                 self.model.base_model(**inputs)
                 return {}
-            keep = torch.tensor(pad_rows(last_rows), device=device)
+            keep = torch.tensor(kept_rows, device=device)
             logits = self.model(**inputs, logits_to_keep=keep).logits[0, : len(last_rows)]
         ends = [chunk.sequence for chunk in chunks if chunk.is_last]
         return dict(zip(ends, sample(logits, [s.sampling for s in ends]), strict=True))
 
-    def _blend_plan(self, chunks: list[Chunk]) -> BlendPlan | None:
-        """Gates per row, and segments: decodes together, every prompt with its own modules."""
+    def _blend_plan(self, chunks: list[Chunk], kept_rows: list[int]) -> BlendPlan | None:
+        """Gates per row, and segments; see `blend_plan`."""
         if not any(chunk.sequence.blend for chunk in chunks):
             return None
         gates = torch.stack([self._gates(chunk.sequence) for chunk in chunks])
         counts = torch.tensor([chunk.count for chunk in chunks], device=gates.device)
-        return BlendPlan(gates.repeat_interleave(counts, 0), blend_segments(chunks, self._stack))
+        return blend_plan(chunks, gates.repeat_interleave(counts, 0), self._stack, kept_rows)
 
     def _gates(self, sequence: Sequence) -> Tensor:
         """The sequence's gates, [R]; R changes when modules come and go."""

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..adapters.errors import MergerouteError
+from .cli_banks import bank_commands
+from .options import DeviceOption, DtypeOption, JsonOption, console
 from .settings import DEFAULT_PORT, ServeSettings, UsageError, read_settings
 
 app = typer.Typer(
@@ -25,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True, highlight=False, emoji=False)
+app.add_typer(bank_commands)
 
 DEMO_BANK = Path(__file__).parent / "demo_bank"
 
@@ -45,11 +47,6 @@ class LogFormat(StrEnum):
 
 HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
 PortOption = Annotated[int | None, typer.Option("--port", help="Port; 0 takes a free one.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
-]
 
 
 def main() -> None:

@@ -33,11 +33,15 @@ class Placement:
 
 @dataclass(frozen=True)
 class HostedBank:
-    """A bank that can answer. digests: of its modules as the engine knows them, by name."""
+    """A bank that can answer.
+
+    digests: of its modules as the engine knows them, by name. shared: of its always-on module.
+    """
 
     bank: Bank
     engine: TorchEngine
     digests: Mapping[str, str]
+    shared: str | None = None
     router: Router | None = None
     defaults: SamplingParams = field(default_factory=SamplingParams)
 
@@ -53,7 +57,7 @@ class HostedBank:
         return f"mr-{short(self.bank.digest)}-{router}"
 
     def by_digest(self, blend: Blend) -> Blend:
-        """A blend over names as the engine wants it.
+        """A blend over names as the engine wants it, the shared module always among it.
 
         Raises:
             UnknownTargetError: it names a module that the bank does not have.
@@ -64,7 +68,8 @@ class HostedBank:
                 raise UnknownTargetError(
                     f"bank {self.bank.name!r} has no module {name!r}; its modules: {known}"
                 )
-        return blend.renamed(self.digests)
+        known = blend.renamed(self.digests)
+        return known if self.shared is None else Blend({**known, self.shared: 1.0})
 
 
 def host_banks(
@@ -108,10 +113,16 @@ def _host(
         module = bank.load(entry)
         digests[entry.name] = engine.load_module(module)
         report(f"module {bank.name}:{entry.name}: {module.coverage(backbone.layers)}")
+    shared = None
+    if bank.shared is not None:
+        module = bank.load(bank.shared)
+        shared = engine.load_module(module)
+        report(f"shared module of {bank.name}: {module.coverage(backbone.shapes)}")
     return HostedBank(
         bank=bank,
         engine=engine,
         digests=digests,
+        shared=shared,
         router=_router(bank, engine),
         defaults=_defaults(backbone.path),
     )

@@ -14,7 +14,8 @@ from mergeroute.adapters.backbone import linear_layers
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.lora import Module
-from mergeroute.runtime.blended import merge_into
+from mergeroute.adapters.shapes import Shapes
+from mergeroute.runtime.merging import merge_into
 
 VOCABULARY = 300
 _SIZES = {
@@ -52,10 +53,16 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
 }
 
 
-def make_model(name: str = "llama", *, seed: int = 0) -> Any:
-    """A random float32 model whose greedy continuations vary."""
+def make_model(name: str = "llama", *, seed: int = 0, tied: bool | None = None) -> Any:
+    """A random float32 model whose greedy continuations vary.
+
+    tied: whether head and embedding share one weight; None leaves it to the architecture.
+    """
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    config = copy.deepcopy(CONFIGS[name])
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -78,6 +85,32 @@ def make_module(
             )
             for layer, (o, i) in layers.items()
         },
+    )
+
+
+def make_rich_module(
+    model: Any, name: str, *, rank: int = 4, seed: int = 0, ties_head: bool = True
+) -> Module:
+    """A random module over linear layers, embeddings, an untied head, norms and biases.
+
+    ties_head: False changes a tied head too, in another way than the embedding.
+    """
+    generator = torch.Generator().manual_seed(seed * 104_729 + 7)
+    shapes = Shapes.of(model)
+    outer = {**shapes.embeddings, **shapes.head}
+    if shapes.tied and ties_head:
+        del outer[shapes.tied[1]]
+    deltas = {
+        layer: LowRank(
+            torch.randn(o, rank + 1, generator=generator) * 0.1,
+            torch.randn(rank + 1, i, generator=generator) * 0.1,
+        )
+        for layer, (o, i) in outer.items()
+    }
+    vectors = {n: torch.randn(s, generator=generator) * 0.3 for n, s in shapes.vectors.items()}
+    inner = make_module(model, name, rank=rank, seed=seed, scale=0.2).deltas
+    return Module(
+        name, {**inner, **deltas}, vectors, frozenset(shapes.embeddings), ties_head=ties_head
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +71,47 @@ def test_norm_is_the_frobenius_norm(o: int, i: int, r: int, seed: int) -> None:
     delta = make_delta(o, i, r, seed=seed)
     expected = float(torch.linalg.matrix_norm(delta.left.double() @ delta.right.double()))
     assert delta.norm() == pytest.approx(expected, rel=1e-6)
+
+
+def test_norm_of_nan_is_nan() -> None:
+    assert math.isnan(LowRank(torch.full((3, 1), math.nan), torch.ones(1, 2)).norm())
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes, sizes, sizes, sizes, seeds)
+def test_inner_is_the_sum_of_products_of_entries(
+    o: int, i: int, r: int, other_rank: int, seed: int
+) -> None:
+    one, other = make_delta(o, i, r, seed=seed), make_delta(o, i, other_rank, seed=seed + 1)
+    expected = float((one.dense().double() * other.dense().double()).sum())
+    assert one.inner(other) == pytest.approx(expected, abs=1e-4, rel=1e-5)
+    assert one.inner(other) == pytest.approx(other.inner(one))
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes, sizes, sizes, seeds)
+def test_svd_is_that_of_the_dense_matrix(o: int, i: int, r: int, seed: int) -> None:
+    delta = make_delta(o, i, r, seed=seed)
+    u, singular, vt = delta.svd()
+    k = singular.numel()
+    dense = delta.left.double() @ delta.right.double()
+    assert u.dtype == singular.dtype == vt.dtype == torch.float64
+    assert k <= min(o, i, r)
+    torch.testing.assert_close(singular, spectrum(dense)[:k], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(u * singular @ vt, dense, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(u.T @ u, torch.eye(k, dtype=torch.float64))
+    torch.testing.assert_close(vt @ vt.T, torch.eye(k, dtype=torch.float64))
+    balanced = LowRank.from_svd(u, singular, vt)
+    torch.testing.assert_close(balanced.dense(), dense, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(balanced.left.T @ balanced.left, torch.diag(singular))
+
+
+def test_svd_drops_what_is_no_direction() -> None:
+    one, other = make_delta(8, 6, 2), make_delta(8, 6, 1, seed=1)
+    assert concat([one, one, other.scaled(1e-8)]).svd(rtol=1e-6)[1].numel() == 2
+    assert concat([one, one, other.scaled(1e-3)]).svd(rtol=1e-6)[1].numel() == 3
+    zero = LowRank(torch.zeros(4, 3), torch.ones(3, 5))
+    assert [part.shape for part in zero.svd()] == [(4, 0), (0,), (0, 5)]
 
 
 def test_norm_neither_overflows_nor_vanishes() -> None:

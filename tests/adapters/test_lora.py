@@ -19,7 +19,7 @@ from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.errors import ModuleError
 from mergeroute.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, Module
-from mergeroute.runtime.blended import merge_into
+from mergeroute.runtime.merging import merge_into
 
 from ..tiny import make_model, make_module, make_prompt
 

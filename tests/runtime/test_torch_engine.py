@@ -27,8 +27,9 @@ from mergeroute.adapters.errors import (
     UnsupportedModelError,
 )
 from mergeroute.adapters.lora import Module
-from mergeroute.runtime.blended import ModuleStack, merge_into
 from mergeroute.runtime.engine import Generation
+from mergeroute.runtime.merging import merge_into
+from mergeroute.runtime.module_stack import ModuleStack
 from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
 from mergeroute.runtime.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 

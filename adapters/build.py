@@ -1,0 +1,279 @@
+"""Build: a recipe into a bank. Nothing is seen at the bank's place before it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backbone import checkpoint_files, digest_of_files
+from .bank import Bank, BankModule, copy_files, new_bank, seal
+from .checkpoint import Checkpoint
+from .digest import file_digest
+from .errors import RecipeError
+from .experts import Base, Expert, FullExpert, open_expert
+from .kinds import Kind
+from .lora import Module
+from .manifest import BackboneEntry
+from .merge import DTYPES, Merger, Statistics
+from .merging.stack import rows_per_block
+from .module_files import module_files
+from .recipe import ExpertEntry, Recipe
+from .truncation import distance
+from .twin import Extracted, Source, extract, own_factors
+
+MODULE_DTYPES = {**DTYPES, "int8": torch.int8}
+
+
+Progress = Callable[[str, int], Callable[[], None]]
+"""Told that a stage of so many steps begins; what it returns is called after each step."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a build needs to run models for. statistics: for the merge, if it looks at data.
+
+    moments: mean of x xᵀ by layer on an expert's prompts, for `modules: {fit: outputs}`.
+    """
+
+    statistics: Statistics | None = None
+    moments: Callable[[Expert], Mapping[str, Tensor]] = lambda _: {}
+
+
+Calibrate = Callable[[Base, Sequence[Expert]], Calibrated]
+WriteRouter = Callable[[Path, Path], None]
+"""The backbone's folder and the folder to write the router to."""
+
+
+def _silent(_stage: str, _total: int) -> Callable[[], None]:
+    return lambda: None
+
+
+@dataclass(frozen=True)
+class BuildTools:
+    """What a build uses of its surroundings.
+
+    calibrate, write_router: run models; without them recipes that need them are refused.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Progress = _silent
+    calibrate: Calibrate | None = None
+    write_router: WriteRouter | None = None
+
+
+def build(
+    recipe: Recipe, out: str | Path, *, force: bool = False, tools: BuildTools = BuildTools()
+) -> Bank:
+    """Merge a recipe's experts into a backbone, compress what is exclusive to each, and write all
+    as a bank. Checkpoints are read a few rows at a time.
+
+    recipe: with absolute paths, as `read_recipe` gives it. force: replace the bank at `out`.
+
+    Raises:
+        RecipeError, BackboneError, ModuleError, BankError: an input cannot be used, or `out` is
+            taken; nothing is left behind.
+    """
+    with new_bank(out, force=force) as folder:
+        base, experts = open_sources(recipe, progress=tools.progress)
+        calibrated = _calibrated(recipe, base, experts, tools)
+        merger = Merger(base, experts, recipe, calibrated.statistics, tools.device)
+        check_shared(recipe, merger)
+        backbone = _write_backbone(folder / "backbone", merger, tools.progress)
+        shared = merger.shared_deltas() if merger.is_factored else None
+        if recipe.shared == "module":
+            assert shared is not None
+            Module("shared", _without_zeros(shared)).save(folder / "shared", dtype=torch.float32)
+        source = Source(base, Checkpoint.open(folder / "backbone"), shared, tools.device)
+        modules = []
+        if recipe.modules.method != "none":
+            for entry, expert in zip(recipe.experts, experts, strict=True):
+                found = _extracted(expert, source, recipe, calibrated, tools.progress)
+                modules.append(_save_module(folder, entry, expert, found, recipe))
+        if recipe.router is not None:
+            _write_router(folder, tools)
+        seal(
+            folder,
+            name=recipe.name,
+            backbone=backbone,
+            modules=modules,
+            recipe=recipe.model_dump(mode="json", exclude_none=True),
+            sources=_source_digests(base, experts),
+        )
+    return Bank.open(out, verify=False)
+
+
+def open_sources(
+    recipe: Recipe, *, progress: Progress = _silent
+) -> tuple[Base, list[Expert]]:
+    """The base and the experts of a recipe, checked against each other.
+
+    Raises:
+        BackboneError, CheckpointError, ModuleError: one is missing, damaged or of another base.
+        RecipeError: an expert equals the base.
+    """
+    base = Base.open(recipe.base)
+    step = progress("experts", len(recipe.experts))
+    experts = []
+    for entry in recipe.experts:
+        expert = open_expert(entry.name, entry.path, base)
+        if isinstance(expert, FullExpert) and not _differs(expert, base):
+            raise RecipeError(
+                f"expert {entry.name!r} equals the base: every delta is zero. Is {entry.path} the "
+                "right folder?"
+            )
+        experts.append(expert)
+        step()
+    return base, experts
+
+
+def check_shared(recipe: Recipe, merger: Merger) -> None:
+    """Refuse a shared module that would be no module.
+
+    Raises:
+        RecipeError: the merged change has full rank, or lies outside the linear layers.
+    """
+    if recipe.shared != "module":
+        return
+    method = recipe.backbone.method
+    if merger.method.space == "none":
+        raise RecipeError("shared: module needs a merge: backbone.method is none")
+    if not merger.is_factored:
+        raise RecipeError(
+            f"shared: module needs a merged change of low rank, {method} over these experts makes "
+            "a dense one: use shared: folded, or merge LoRA experts by linear, task_arithmetic or "
+            "a spectral method"
+        )
+    outside = [
+        name
+        for name, parameter in merger.base.parameters.items()
+        if parameter.kind is not Kind.LINEAR and merger.change(name) is not None
+    ]
+    if outside:
+        raise RecipeError(
+            f"shared: module keeps linear layers alone, the experts change {outside[0]!r} too: "
+            f"use shared: folded, or kinds: {{{merger.base.parameters[outside[0]].kind}: drop}}"
+        )
+
+
+def _differs(expert: FullExpert, base: Base) -> bool:
+    """Whether any tensor differs; stops at the first that does."""
+    for name, info in base.checkpoint.tensors.items():
+        rows = rows_per_block(info.columns)
+        for start in range(0, info.rows, rows) if expert.changes(name) else ():
+            ours = base.checkpoint.read_rows(name, start, start + rows)
+            theirs = expert.checkpoint.read_rows(name, start, start + rows)
+            if not torch.equal(ours.float(), theirs.float()):
+                return True
+    return False
+
+
+def _calibrated(
+    recipe: Recipe, base: Base, experts: Sequence[Expert], tools: BuildTools
+) -> Calibrated:
+    if recipe.calibration is None:
+        return Calibrated()
+    if tools.calibrate is None:
+        raise RecipeError("this recipe looks at calibration prompts: build it by mergeroute build")
+    return tools.calibrate(base, experts)
+
+
+def _write_backbone(folder: Path, merger: Merger, progress: Progress) -> BackboneEntry:
+    """Write the backbone and the base's other files; its entry in the manifest."""
+    others = [f for f in checkpoint_files(merger.base.path) if not _is_weights(f)]
+    copy_files(others, folder)
+    step = progress(f"backbone by {merger.recipe.backbone.method}", len(merger.names))
+    merger.write_backbone(folder, on_parameter=step)
+    digest = digest_of_files({f.name: file_digest(f) for f in checkpoint_files(folder)})
+    return BackboneEntry(name=_backbone_name(merger.recipe), folder="backbone", digest=digest)
+
+
+def _backbone_name(recipe: Recipe) -> str:
+    """The base's name when it is kept, else the bank's with a suffix."""
+    if recipe.backbone.method == "none":
+        return Path(recipe.base).name
+    return f"{recipe.name}-backbone"[:64]
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+
+
+def _extracted(
+    expert: Expert, source: Source, recipe: Recipe, calibrated: Calibrated, progress: Progress
+) -> Extracted:
+    if recipe.modules.method == "lora":
+        return own_factors(expert)
+    moments = calibrated.moments(expert) if recipe.modules.fit == "outputs" else None
+    linear = [p for p in source.base.parameters.values() if p.kind is Kind.LINEAR]
+    step = progress(f"module {expert.name}", len(linear))
+    return extract(expert, source, recipe.modules, recipe.kinds, moments=moments, on_layer=step)
+
+
+def _save_module(
+    folder: Path, entry: ExpertEntry, expert: Expert, found: Extracted, recipe: Recipe
+) -> BankModule:
+    """Write a module and what was lost on the way to it."""
+    path = folder / "modules" / entry.name
+    found.module.save(path, base=recipe.base, dtype=MODULE_DTYPES[recipe.modules.dtype])
+    return BankModule(
+        name=entry.name,
+        path=path,
+        description=entry.description,
+        samples=entry.samples,
+        provenance=_provenance(path, expert, found, recipe),
+    )
+
+
+def _provenance(
+    path: Path, expert: Expert, found: Extracted, recipe: Recipe
+) -> dict[str, Any]:
+    written = Module.read(path, name=expert.name)
+    rounding = sum(
+        distance(delta, written.deltas[layer]) ** 2 for layer, delta in found.module.deltas.items()
+    )
+    norm = sum(delta.norm() ** 2 for delta in found.module.deltas.values())
+    ranks = [delta.rank for delta in found.module.deltas.values()]
+    report = {
+        "method": recipe.modules.method,
+        "dtype": recipe.modules.dtype,
+        "expert": str(expert.path),
+        "ranks": [min(ranks, default=0), max(ranks, default=0)],
+        "bytes": sum(file.stat().st_size for file in module_files(path)[1:]),
+        "error": found.error,
+        "rounding_error": (rounding / norm) ** 0.5 if norm else 0.0,
+    }
+    if found.compressor_error is not None:
+        report["compressor_error"] = found.compressor_error
+    return report
+
+
+def _write_router(folder: Path, tools: BuildTools) -> None:
+    if tools.write_router is None:
+        raise RecipeError("this recipe fits a router: build it by mergeroute build")
+    (folder / "router").mkdir()
+    tools.write_router(folder / "backbone", folder / "router")
+
+
+def _without_zeros(deltas: Mapping[str, Any]) -> dict[str, Any]:
+    return {layer: delta for layer, delta in deltas.items() if delta.norm() > 0}
+
+
+def _source_digests(base: Base, experts: Sequence[Expert]) -> dict[str, str]:
+    digests = {"base": _digest(checkpoint_files(base.path))}
+    for expert in experts:
+        files = (
+            checkpoint_files(expert.path)
+            if isinstance(expert, FullExpert)
+            else module_files(expert.path)
+        )
+        digests[expert.name] = _digest(files)
+    return digests
+
+
+def _digest(files: Sequence[Path]) -> str:
+    return digest_of_files({file.name: file_digest(file) for file in files})

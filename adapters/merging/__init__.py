@@ -1,0 +1,1 @@
+"""Backbone merges: small pure functions over the deltas of one parameter."""

@@ -1,0 +1,52 @@
+"""Steps in which the experts decide entry by entry whose change counts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .combine import elected_sign, weighted_sum
+from .stack import Block, Stack
+
+
+def majority_sign(stack: Stack) -> Stack:
+    """Set to zero every entry whose sign is not that of the weighted sum over the experts.
+
+    A sum of zero counts as positive.
+
+    Source: Yadav et al. 2023, TIES-Merging, arXiv:2306.01708, section 3 (elect); weighted as in
+    mergekit, which for equal weights is the paper's rule.
+    """
+    return stack.map(lambda block: block.with_x(_aligned(block.x, elected_sign(block))))
+
+
+def agree(stack: Stack, tall_threshold: float, agreement: int) -> Stack:
+    """Set to zero, for all experts, the positions that too few of them use.
+
+    tall_threshold: see `tall_mask`; the merged delta is the weighted sum. agreement: how many
+    experts must use a position; more than there are asks for all.
+
+    Source: Wang et al. 2024, Localizing Task Information, arXiv:2405.07813 (consensus).
+    """
+    needed = min(agreement, stack.experts)
+
+    def change(block: Block) -> Block:
+        users = tall_mask(block.x, weighted_sum(block), tall_threshold).sum(0)
+        return block.with_x(block.x * (users >= needed))
+
+    return stack.map(change)
+
+
+def tall_mask(delta: Tensor, merged: Tensor, threshold: float) -> Tensor:
+    """The entries of the merged delta that serve an expert, bool of the shape of its delta.
+
+    They are those where |delta| > threshold * |merged - delta|. A higher threshold keeps fewer.
+    delta: [..., o, i]. merged: [o, i].
+
+    Source: Wang et al. 2024, Localizing Task Information, arXiv:2405.07813 (TALL-masks).
+    """
+    return delta.abs() > (merged - delta).abs_().mul_(threshold)
+
+
+def _aligned(x: Tensor, sign: Tensor) -> Tensor:
+    """x where its sign agrees, else zero."""
+    return (x * sign).clamp_min_(0).mul_(sign)

@@ -1,0 +1,320 @@
+"""Recipe: the YAML file a bank is built from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from .errors import RecipeError
+from .manifest import check_name
+from .merging.methods import find_method, validated_parameters
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+ModuleDtype = Literal["float32", "bfloat16", "float16", "int8"]
+
+DEFAULT_RANK = 16
+FULL_RANK_METHODS = ("magnitude", "compeft", "bitdelta", "tall", "emr")
+"""Compressors whose result has full rank: it is converted to low rank before it is served."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?B)?\s*", re.IGNORECASE)
+
+
+def parse_size(text: object) -> int:
+    """Bytes from `2MB`, `500 kB` or a number.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = _SIZE.fullmatch(str(text))
+    if match is None or (size := int(float(match[1]) * _UNITS[(match[2] or "").upper()])) < 1:
+        raise ValueError(f"{text!r} is no size: write 2MB, 500KB or a number of bytes")
+    return size
+
+
+_STANDS_ON = {"emr": ("emr",), "tall": ("task_arithmetic",)}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExpertEntry(_Strict):
+    """A model to merge."""
+
+    name: Annotated[str, AfterValidator(check_name)] = Field(description="its module's name")
+    path: str = Field(min_length=1, description="full checkpoint or PEFT LoRA: folder or hub id")
+    weight: float = Field(1.0, allow_inf_nan=False, description="its weight in the merge")
+    description: str = Field("", description="what it is for, one sentence")
+    samples: tuple[str, ...] = Field((), description="prompts it is for")
+
+
+class Lines(_Strict):
+    """LiNeS: the merged change is scaled by alpha + beta * depth."""
+
+    alpha: float | None = Field(None, description="at depth 0; default: by the norms of the deltas")
+    beta: float = Field(description="how much more at the last block")
+
+
+class BackboneSettings(BaseModel):
+    """How the experts are merged. The method's own parameters stand beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str = Field("task_arithmetic", description="a merge method, or none to keep the base")
+    lines: Lines | None = Field(None, description="scale the change by depth")
+
+    @model_validator(mode="after")
+    def _check_parameters(self) -> Self:
+        validated_parameters(self.method, self.model_extra or {})
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters, defaults filled in."""
+        return validated_parameters(self.method, self.model_extra or {})
+
+
+class ModuleSettings(_Strict):
+    """How what is exclusive to each expert is kept."""
+
+    method: Literal[
+        "svd", "lora", "lego", "magnitude", "compeft", "bitdelta", "tall", "emr", "none"
+    ] = (
+        Field("svd", description="how it is compressed; lora keeps a LoRA's own factors")
+    )
+    rank: int | None = Field(None, ge=1, description="components of every layer")
+    energy: float | None = Field(None, gt=0, le=1, description="share of the energy to keep")
+    bytes: Annotated[int, BeforeValidator(parse_size)] | None = Field(
+        None, description="most bytes of a module"
+    )
+    allocation: Literal["fixed", "energy"] = Field(
+        "fixed", description="how a byte budget is spent: one rank, or where most energy is"
+    )
+    fit: Literal["weights", "outputs"] = Field(
+        "weights", description="what is kept closest; outputs looks at the calibration prompts"
+    )
+    dtype: ModuleDtype = Field("bfloat16", description="of the factors")
+    density: float = Field(0.2, gt=0, le=1, description="share kept by magnitude and compeft")
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        stated = [n for n in ("rank", "energy", "bytes") if getattr(self, n) is not None]
+        if len(stated) > 1:
+            raise ValueError(f"{' and '.join(stated)} are both given: give one of them")
+        if self.method in ("lora", "none") and stated:
+            raise ValueError(f"{stated[0]} means nothing to method {self.method}: remove it")
+        if self.method == "lego" and self.rank is None:
+            raise ValueError("method lego needs rank, the number of clusters")
+        if self.method in FULL_RANK_METHODS and not stated:
+            raise ValueError(
+                f"a {self.method} delta has full rank and cannot be served: give rank, energy or "
+                "bytes to convert it to low rank (its error is reported)"
+            )
+        if self.allocation != "fixed" and self.bytes is None:
+            raise ValueError(f"allocation {self.allocation} spends a budget: give bytes")
+        if "density" in self.model_fields_set and self.method not in ("magnitude", "compeft"):
+            raise ValueError(f"density means nothing to method {self.method}: remove it")
+        if self.fit == "outputs" and self.method in ("lora", "lego", "none"):
+            raise ValueError(f"fit outputs means nothing to method {self.method}: remove it")
+        return self
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether a compressor's result of full rank is converted to low rank."""
+        return self.method in FULL_RANK_METHODS
+
+    @property
+    def compressor_parameters(self) -> dict[str, float]:
+        """What the compressor takes."""
+        return {"density": self.density} if self.method in ("magnitude", "compeft") else {}
+
+    @property
+    def fixed_rank(self) -> int | None:
+        """The rank of every layer, unless energy or bytes decides it."""
+        return self.rank or (DEFAULT_RANK if self.energy is None and self.bytes is None else None)
+
+
+class KindSettings(_Strict):
+    """What is done with the parameters that are no linear layers' weights."""
+
+    embedding: Literal["shared", "svd", "drop"] = "shared"
+    head: Literal["shared", "svd", "drop"] = "shared"
+    norm: Literal["shared", "exact", "drop"] = "shared"
+    bias: Literal["shared", "exact", "drop"] = "shared"
+
+
+class SignalSection(_Strict):
+    """What of the prompt the router reads."""
+
+    layer: int = Field(2, ge=1, description="how many of the backbone's layers are run")
+    pooling: Literal["mean", "last"] = Field("mean", description="over the prompt's tokens")
+
+
+class RouterSection(_Strict):
+    """The router that is fitted with the bank."""
+
+    scorer: Literal["prototype", "fixed"] = Field("prototype", description="how it decides")
+    signal: SignalSection = Field(default_factory=SignalSection)
+    policy: str = Field(
+        "softmax(0.5) | top_k(1) | abstain(0.005) | quantise", description="steps joined by |"
+    )
+    data: str | None = Field(None, description="JSON lines of prompts with their task")
+    none: str | None = Field(None, description="JSON lines of prompts that no module serves")
+    blend: str | None = Field(None, description="scorer fixed: name=weight, joined by commas")
+
+    @model_validator(mode="after")
+    def _check_scorer(self) -> Self:
+        if self.scorer == "prototype" and self.data is None:
+            raise ValueError("scorer prototype needs data: a JSON lines file of prompts and tasks")
+        if self.scorer == "fixed" and self.blend is None:
+            raise ValueError("scorer fixed needs blend: name=weight, joined by commas")
+        return self
+
+
+class Recipe(_Strict):
+    """What a bank is built from. Paths are absolute, or hub ids."""
+
+    name: Annotated[str, AfterValidator(check_name)] = Field("bank", description="the bank's name")
+    base: str = Field(min_length=1, description="the common ancestor: folder or hub id")
+    experts: tuple[ExpertEntry, ...] = Field(min_length=1, description="what is merged")
+    backbone: BackboneSettings = Field(
+        default_factory=lambda: BackboneSettings.model_validate(
+            {"method": "task_arithmetic", "scale": 0.3}
+        ),
+        description="how they are merged",
+    )
+    shared: Literal["folded", "module", "none"] = Field(
+        "folded", description="where the merged change goes"
+    )
+    modules: ModuleSettings = Field(default_factory=lambda: ModuleSettings())
+    kinds: KindSettings = Field(default_factory=KindSettings)
+    router: RouterSection | None = Field(None, description="the router; absent: none")
+    calibration: str | None = Field(
+        None, description="JSON lines of prompts with their task, for methods that look at data"
+    )
+    seed: int = Field(0, ge=0, description="of everything random")
+    dtype: DtypeName | None = Field(None, description="of the backbone; default: the base's")
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two experts are called {min(twice)!r}: give each a name of its own")
+        if self.shared == "none" and self.backbone.method != "none":
+            raise ValueError("shared none keeps the base: set backbone: {method: none} too")
+        needs = find_method(self.backbone.method).needs
+        if (needs or self.modules.fit == "outputs") and self.calibration is None:
+            raise ValueError(
+                f"{self.backbone.method if needs else 'modules: {fit: outputs}'} looks at data: "
+                "give calibration, a JSON lines file of prompts with their task"
+            )
+        for method in ("emr", "tall"):
+            if self.modules.method == method and self.backbone.method not in _STANDS_ON[method]:
+                raise ValueError(
+                    f"modules: {{method: {method}}} masks a merged change: set backbone: "
+                    f"{{method: {_STANDS_ON[method][0]}}}"
+                )
+        if self.modules.method == "lora" and self.backbone.method != "none":
+            raise ValueError(
+                "modules: {method: lora} keeps factors that stand on the base: set backbone: "
+                "{method: none}, or use method svd"
+            )
+        return self
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A recipe, ours or mergekit's. Relative paths are relative to the file.
+
+    Raises:
+        RecipeError: it is no YAML, or a key is unknown, missing or out of range.
+    """
+    file = Path(path).expanduser()
+    try:
+        document = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{file} cannot be read as YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{file} is no mapping of keys: see docs/build.md for a recipe")
+    if "merge_method" in document:
+        from .mergekit import from_mergekit
+
+        document = from_mergekit(document, source=str(file))
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(f"{file}: {_explained(error)}") from error
+    return resolved(recipe, file.parent)
+
+
+def resolved(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its relative paths made absolute; hub ids stay."""
+
+    def source(text: str) -> str:
+        path = folder / Path(text).expanduser()
+        return str(path.resolve()) if path.exists() or text.startswith((".", "~", "/")) else text
+
+    def data(text: str | None) -> str | None:
+        return None if text is None else str((folder / Path(text).expanduser()).resolve())
+
+    router = recipe.router
+    if router is not None:
+        router = router.model_copy(update={"data": data(router.data), "none": data(router.none)})
+    experts = tuple(e.model_copy(update={"path": source(e.path)}) for e in recipe.experts)
+    return recipe.model_copy(
+        update={
+            "base": source(recipe.base),
+            "experts": experts,
+            "router": router,
+            "calibration": data(recipe.calibration),
+        }
+    )
+
+
+def _explained(error: ValidationError) -> str:
+    """The first complaint, with its key and what is allowed there."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{key} is unknown; {_allowed(first['loc'][:-1])}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {message}" + (f" (it is {first['input']!r})" if _is_plain(first) else "")
+
+
+def _is_plain(detail: Mapping[str, Any]) -> bool:
+    return isinstance(detail["input"], str | int | float | bool)
+
+
+def _allowed(location: Sequence[int | str]) -> str:
+    """The keys that may stand at a place of the recipe."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
+            model = _model_in(model.model_fields[part].annotation)
+    keys = ", ".join(getattr(model, "model_fields", {}))
+    return f"allowed there: {keys}"
+
+
+def _model_in(annotation: Any) -> Any:  # noqa: ANN401 - a type expression
+    """The pydantic model in a type such as tuple[Model, ...] or Model | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        if (found := _model_in(part)) is not None:
+            return found
+    return None

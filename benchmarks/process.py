@@ -1,0 +1,84 @@
+"""What a command takes: wall time, CPU time and peak memory, its children included. Linux only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PERIOD_S = 0.02
+"""Between two looks at the memory."""
+
+
+class CommandFailed(RuntimeError):
+    """A command ended with another status than 0; the message holds the end of what it wrote."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """wall_s, cpu_s: seconds, CPU time of user and system.
+
+    resident: peak bytes in memory, file pages that are mapped into it included; the kernel counts
+    these although it can drop them at any time. anonymous: peak bytes without them.
+    """
+
+    wall_s: float
+    cpu_s: float
+    resident: int
+    anonymous: int
+
+
+def run(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str]) -> Usage:
+    """Run a command to its end and watch it.
+
+    log: takes what it writes. env: added to this process's environment.
+
+    Raises:
+        CommandFailed: it ended with another status than 0.
+    """
+    begin, resident, anonymous = time.perf_counter(), 0, 0
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **env}
+        )
+        while True:
+            pid, status, taken = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            now = [_memory(process) for process in _tree(child.pid)]
+            resident = max(resident, sum(total for total, _ in now))
+            anonymous = max(anonymous, sum(own for _, own in now))
+            time.sleep(PERIOD_S)
+    wall = time.perf_counter() - begin
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise CommandFailed(f"{command[0]} ended with status {child.returncode}:\n{end}")
+    resident = max(resident, taken.ru_maxrss * 1024)  # kernel's own peak, of the largest process
+    return Usage(wall, taken.ru_utime + taken.ru_stime, resident, anonymous)
+
+
+def _tree(pid: int) -> Iterator[int]:
+    """A process and all below it that still run."""
+    yield pid
+    for file in Path("/proc", str(pid), "task").glob("*/children"):
+        try:
+            children = file.read_text().split()
+        except OSError:  # ended meanwhile
+            continue
+        for child in children:
+            yield from _tree(int(child))
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    """Bytes of one process: resident, and of these anonymous."""
+    try:
+        lines = Path("/proc", str(pid), "status").read_text().splitlines()
+    except OSError:  # ended meanwhile
+        return 0, 0
+    fields = dict(line.split(":", 1) for line in lines)
+    resident, anonymous = (fields.get(key, "0 kB").split()[0] for key in ("VmRSS", "RssAnon"))
+    return int(resident) * 1024, int(anonymous) * 1024

@@ -1,0 +1,279 @@
+"""ModuleStack: the modules that are resident in a model, and where in its layers they lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.blend import Blend
+from ..adapters.delta import LowRank
+from ..adapters.errors import ModuleError
+from ..adapters.lora import Module
+from ..adapters.shapes import Shapes
+from .blended import BlendedEmbedding, BlendedLinear, BlendedMatrix, BlendedVectors
+from .blending import Part
+from .probing import Probe
+
+WHOLE_STACK_SHARE = 2 / 3
+"""Above this share of active ranks one pass over the whole stack beats a loop over slices."""
+
+_GROWTH = 1.25
+
+
+@dataclass(frozen=True)
+class PreparedModule:
+    """A module ready to be copied in.
+
+    factors: A [r, i] and B [r, o] by layer, in the model's dtype. vectors: changes by parameter.
+    parts: the parts of the model that it changes.
+    """
+
+    digest: str
+    rank: int
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    vectors: Mapping[str, Tensor]
+    parts: frozenset[Part]
+
+
+class ModuleStack:
+    """The modules that are resident in a model, by digest. Not thread-safe: one thread changes it.
+
+    Layers are replaced once the first module changes them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes = Shapes.of(model)
+        self._probe = Probe(model, self.shapes)
+        self._model = model
+        self._layers: dict[str, BlendedMatrix] = {}
+        self._vectors: dict[str, BlendedVectors] = {}
+        self._slices: dict[str, tuple[int, int]] = {}
+        self._slots: dict[str, int] = {}
+        self._slot_ranks = torch.zeros(0, dtype=torch.long)
+        self._changing: dict[Part, set[str]] = {part: set() for part in get_args(Part)}
+        self._capacity = 0
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._slices
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    @property
+    def ranks(self) -> int:
+        """R: the ranks in use, holes left by removed modules included."""
+        return max((high for _, high in self._slices.values()), default=0)
+
+    @property
+    def changes_beside_inner(self) -> bool:
+        """Whether any resident module changes more than inner linear layers."""
+        return any(digests for part, digests in self._changing.items() if part != "inner")
+
+    def changing(self, part: Part) -> Set[str]:
+        """The resident modules that change a part of the model."""
+        return self._changing[part]
+
+    def prepare(self, module: Module) -> PreparedModule:
+        """Check a module and bring it into the model's dtype; changes nothing, in any thread.
+
+        Raises:
+            ModuleError: it does not fit the model's layers or its dtype.
+            UnsupportedModelError: the model does not run a layer in a way that can be blended.
+        """
+        module.check(self.shapes)
+        dtype = next(self._model.parameters()).dtype
+        deltas = module.resolved(self.shapes)
+        for name in deltas:
+            self._check(name)
+        for name in module.vectors:
+            owner, _, _ = name.rpartition(".")
+            self._probe.row_dim(owner)
+            self._probe.unit(owner)
+        return PreparedModule(
+            digest=module.digest,
+            rank=max(1, module.rank),
+            factors={n: self._prepared(n, delta, dtype) for n, delta in deltas.items()},
+            vectors={n: _finite(n, v.to(dtype)) for n, v in module.vectors.items()},
+            parts=frozenset(
+                [*map(self._part, deltas), *(self._vector_part(n) for n in module.vectors)]
+            ),
+        )
+
+    def add(self, module: PreparedModule) -> None:
+        """Copy a module's changes into free ranks and, of vectors, into a free slot."""
+        low = self._free_slice(module.rank)
+        self._reserve(low + module.rank)
+        for name in module.factors.keys() - self._layers.keys():
+            self._layers[name] = self._install(name)
+        for name, layer in self._layers.items():
+            layer.a[low : low + module.rank] = 0
+            layer.b[low : low + module.rank] = 0
+            if name in module.factors:
+                a, b = module.factors[name]
+                layer.a[low : low + a.shape[0]] = a.to(layer.a)
+                layer.b[low : low + b.shape[0]] = b.to(layer.b)
+        if module.vectors:
+            self._add_vectors(module, low)
+        self._slices[module.digest] = (low, low + module.rank)
+        for part in module.parts:
+            self._changing[part].add(module.digest)
+
+    def remove(self, digest: str) -> None:
+        """Give a module's ranks back. An empty stack gives its memory back too."""
+        del self._slices[digest]
+        for digests in self._changing.values():
+            digests.discard(digest)
+        if digest in self._slots:
+            self._remove_vectors(digest)
+        if not self._slices:
+            self._capacity = 0
+            for layer in self._layers.values():
+                layer.resize(0)
+
+    def gates(self, blend: Blend) -> Tensor:
+        """A blend over digests as gates, [R], in the model's dtype and on its device."""
+        gates = next(self._model.parameters()).new_zeros(self.ranks)
+        for digest, weight in blend.items():
+            low, high = self._slices[digest]
+            gates[low:high] = weight
+        return gates
+
+    def slot_gates(self, gates: Tensor) -> Tensor:
+        """The gates of vectors: [rows, R] to [rows, slots]. What a free slot gets has no effect."""
+        return gates[:, self._slot_ranks]
+
+    def rank_slices(self, digests: Iterable[str]) -> tuple[tuple[int, int], ...]:
+        """The slices that rows with these modules need: neighbours joined, or the whole stack."""
+        active = sorted(self._slices[digest] for digest in set(digests))
+        joined: list[tuple[int, int]] = []
+        for low, high in active:
+            if joined and joined[-1][1] == low:
+                joined[-1] = (joined[-1][0], high)
+            else:
+                joined.append((low, high))
+        needed = sum(high - low for low, high in joined)
+        if needed > WHOLE_STACK_SHARE * self.ranks:
+            return ((0, self.ranks),)
+        return tuple(joined)
+
+    def _free_slice(self, rank: int) -> int:
+        """Where `rank` free ranks begin: the first hole that fits, else the end."""
+        low = 0
+        for start, stop in sorted(self._slices.values()):
+            if start - low >= rank:
+                return low
+            low = stop
+        return low
+
+    def _reserve(self, ranks: int) -> None:
+        """Make room in every layer; one that was left behind by a failure catches up."""
+        if ranks > self._capacity:
+            capacity = max(ranks, int(self._capacity * _GROWTH))
+            for layer in self._layers.values():
+                layer.resize(capacity)
+            self._capacity = capacity
+
+    def _add_vectors(self, module: PreparedModule, low: int) -> None:
+        slot = next(k for k in range(len(self._slots) + 1) if k not in self._slots.values())
+        slots = max(slot + 1, len(self._slot_ranks))
+        for owner in {name.rpartition(".")[0] for name in module.vectors} - self._vectors.keys():
+            self._vectors[owner] = self._install_vectors(owner)
+        for layer in self._vectors.values():
+            layer.resize(slots)
+        for name, vector in module.vectors.items():
+            owner, _, leaf = name.rpartition(".")
+            rows = self._vectors[owner].weights if leaf == "weight" else self._vectors[owner].biases
+            rows[slot] = vector.to(rows)
+        ranks = torch.zeros(slots, dtype=torch.long, device=next(self._model.parameters()).device)
+        ranks[: len(self._slot_ranks)] = self._slot_ranks
+        ranks[slot] = low
+        self._slot_ranks = ranks
+        self._slots[module.digest] = slot
+
+    def _remove_vectors(self, digest: str) -> None:
+        slot = self._slots.pop(digest)
+        for layer in self._vectors.values():
+            if self._slots:
+                layer.clear(slot)
+            else:
+                layer.resize(0)
+        self._slot_ranks[slot] = 0
+        if not self._slots:
+            self._slot_ranks = self._slot_ranks[:0]
+
+    def _part(self, layer: str) -> Part:
+        if layer in self.shapes.head:
+            return "head"
+        return "embedding" if layer in self.shapes.embeddings else "inner"
+
+    def _vector_part(self, name: str) -> Part:
+        return "head_vectors" if name.rpartition(".")[0] in self.shapes.head else "vectors"
+
+    def _check(self, layer: str) -> None:
+        if layer in self.shapes.embeddings:
+            self._probe.embedding_scale(layer)
+        elif layer in self.shapes.head:
+            self._probe.row_dim(layer)
+
+    def _prepared(self, layer: str, delta: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of a layer; an embedding's are those of its transpose: A [r, V], B [r, d]."""
+        if layer in self.shapes.embeddings:
+            delta = LowRank(delta.right.T, delta.left.T)
+        return _factors(delta, dtype, where=layer)
+
+    def _install(self, name: str) -> BlendedMatrix:
+        base = self._model.get_submodule(name)
+        layer: BlendedMatrix
+        if name in self.shapes.embeddings:
+            rows, width = self.shapes.embeddings[name]
+            scale = self._probe.embedding_scale(name)
+            layer = BlendedEmbedding(base, rows=rows, width=width, scale=scale)
+        else:
+            out, into = self.shapes.matrices[name]
+            layer = BlendedLinear(base, in_features=into, out_features=out, part=self._part(name))
+        layer.resize(self._capacity)
+        self._replace(name, layer)
+        return layer
+
+    def _install_vectors(self, owner: str) -> BlendedVectors:
+        layer = BlendedVectors(
+            self._model.get_submodule(owner),
+            unit=self._probe.unit(owner),
+            row_dim=self._probe.row_dim(owner),
+            part=self._vector_part(f"{owner}."),
+        )
+        self._replace(owner, layer)
+        return layer
+
+    def _replace(self, name: str, layer: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), leaf, layer)
+
+
+def _factors(delta: LowRank, dtype: torch.dtype, *, where: str) -> tuple[Tensor, Tensor]:
+    """A [r, i] and B [r, o] of a delta in the model's dtype, with no entry of A above 1.
+
+    A row of the batch is multiplied by all the ranks that its neighbours need, then by gates of
+    zero: what overflows there would be NaN in the neighbour. The power of two that goes from A
+    to B keeps every bit.
+    """
+    peak = float(delta.right.abs().max()) if delta.rank else 0.0
+    exponent = max(0, math.frexp(peak)[1])
+    a = (delta.right.double() * 2.0**-exponent).to(dtype)
+    b = (delta.left.T.double() * 2.0**exponent).to(dtype)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ModuleError(
+            f"the change of {where!r} is too large for {dtype}: its training diverged"
+        )
+    return a, b
+
+
+def _finite(name: str, vector: Tensor) -> Tensor:
+    if not vector.isfinite().all():
+        raise ModuleError(f"the change of {name!r} is too large for {vector.dtype}")
+    return vector

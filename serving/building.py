@@ -1,0 +1,188 @@
+"""`mergeroute build`: a build with models, progress bars and a router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..adapters.bank import Bank
+from ..adapters.blend import Blend
+from ..adapters.build import BuildTools, Calibrate, Calibrated, build
+from ..adapters.errors import BlendError, RecipeError
+from ..adapters.experts import Base, Expert
+from ..adapters.merging.methods import find_method
+from ..adapters.recipe import Recipe, RouterSection
+from ..routers.base import Query
+from ..routers.data import Example, read_examples
+from ..routers.policies import Policy
+from ..routers.store import (
+    PrototypeSettings,
+    SignalSettings,
+    load_router,
+    save_fixed,
+    save_prototype,
+)
+from ..routers.training import Labelled, evaluate, fit_prototype
+from ..runtime.expert_statistics import ExpertStatistics, SequentialStatistics
+from ..runtime.loading import choose_device, load_tokenizer
+from ..runtime.rendering import Rendered, render
+from ..runtime.torch_engine import TorchEngine
+
+_COLUMNS = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
+
+
+def build_bank(
+    recipe: Recipe, out: Path, *, force: bool = False, device: str = "auto", console: Console
+) -> Bank:
+    """Build a bank and show how far it is; see `mergeroute.adapters.build.build`.
+
+    Raises:
+        MergerouteError: an input cannot be used; nothing is left behind.
+    """
+    place = choose_device(device)
+    _check_router(recipe)
+    with progress_bars(console) as stage:
+
+        def write_router(backbone: Path, folder: Path) -> None:
+            assert recipe.router is not None
+            _write_router(recipe, recipe.router, backbone, folder, place, stage, console)
+
+        tools = BuildTools(place, stage, calibrator(recipe, place, stage), write_router)
+        return build(recipe, out, force=force, tools=tools)
+
+
+Stage = Callable[[str, int], Callable[[], None]]
+
+
+def calibrator(recipe: Recipe, device: torch.device, stage: Stage) -> Calibrate:
+    """What runs the experts on a recipe's calibration prompts when a build needs it."""
+    return lambda base, experts: _calibrated(recipe, base, experts, device, stage)
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Stage]:
+    """A bar per stage, on a terminal."""
+    with Progress(*_COLUMNS, TimeElapsedColumn(), console=console) as progress:
+
+        def stage(name: str, total: int) -> Callable[[], None]:
+            bar = progress.add_task(name, total=total)
+            return lambda: progress.advance(bar)
+
+        yield stage
+
+
+def _check_router(recipe: Recipe) -> None:
+    """Refuse what the router would stumble over once everything else is built."""
+    router = recipe.router
+    if router is None:
+        return
+    if recipe.modules.method == "none":
+        raise RecipeError("router chooses among modules, and modules: {method: none} has none")
+    Policy.parse(router.policy)
+    names = {expert.name for expert in recipe.experts}
+    if router.blend is not None:
+        unknown = set(_blend(router)) - names
+        if unknown:
+            raise RecipeError(f"router.blend names {min(unknown)!r}, which is no expert")
+    if router.data is not None:
+        _labelled(read_examples(Path(router.data), needs=("task",)), recipe)
+    if router.none is not None:
+        read_examples(Path(router.none))
+
+
+def _blend(router: RouterSection) -> Blend:
+    try:
+        return Blend.parse(router.blend or "")
+    except BlendError as error:
+        raise RecipeError(f"router.blend: {error}") from error
+
+
+def _labelled(examples: Sequence[Example], recipe: Recipe) -> None:
+    """Every module has examples, and every example a module."""
+    tasks, names = {example.task for example in examples}, {e.name for e in recipe.experts}
+    if missing := names - tasks:
+        raise RecipeError(
+            f"router.data holds no prompt of {min(missing)!r}: add some with its task"
+        )
+    for example in examples:
+        if example.task not in names:
+            raise RecipeError(
+                f"{example.where}: task {example.task!r} is no expert; prompts that no module "
+                "serves go to router.none"
+            )
+
+
+def _calibrated(
+    recipe: Recipe, base: Base, experts: Sequence[Expert], device: torch.device, stage: Stage
+) -> Calibrated:
+    """Statistics on the recipe's calibration prompts."""
+    assert recipe.calibration is not None
+    prompts = _calibration_prompts(Path(recipe.calibration), base, experts)
+    needs = find_method(recipe.backbone.method).needs
+    kind = SequentialStatistics if needs == "sequential" else ExpertStatistics
+    runs = {"sequential": 2 * base.blocks, None: 0}.get(needs, 1)
+    runs += recipe.modules.fit == "outputs"
+    step = stage("calibration", runs * sum(map(len, prompts.values())))
+    statistics = kind(base, experts, prompts, device=device, on_prompt=step)
+    return Calibrated(statistics if needs else None, statistics.moments_of)
+
+
+def _calibration_prompts(
+    path: Path, base: Base, experts: Sequence[Expert]
+) -> dict[str, list[Rendered]]:
+    tokenizer = load_tokenizer(base.path)
+    prompts: dict[str, list[Rendered]] = {expert.name: [] for expert in experts}
+    for example in read_examples(path, needs=("task",)):
+        if example.task in prompts:
+            prompts[example.task].append(render(tokenizer, example))
+    for name, own in prompts.items():
+        if not own:
+            raise RecipeError(f"{path} holds no prompt of expert {name!r}: add some with its task")
+    return prompts
+
+
+def _write_router(
+    recipe: Recipe,
+    router: RouterSection,
+    backbone: Path,
+    folder: Path,
+    device: torch.device,
+    stage: Stage,
+    console: Console,
+) -> None:
+    """Fit the recipe's router on the finished backbone."""
+    if router.scorer == "fixed":
+        save_fixed(folder, _blend(router))
+        return
+    signal = SignalSettings(layer=router.signal.layer, pooling=router.signal.pooling)
+    names = tuple(expert.name for expert in recipe.experts)
+    settings = PrototypeSettings(modules=names, signal=signal, policy=router.policy)
+    with TorchEngine.load(backbone, device=str(device), dtype="float32") as engine:
+        examples = read_examples(Path(router.data or ""), needs=("task",))
+        labelled = [Labelled(_query(engine, example), example.task) for example in examples]
+        step = stage("router", len(labelled))
+
+        def counted(items: Sequence[Labelled]) -> Iterator[Labelled]:
+            for item in items:
+                yield item
+                step()
+
+        scorer = fit_prototype(labelled, settings, encode=engine.encode, progress=counted)
+        save_prototype(folder, scorer, settings)
+        if router.none is not None:
+            generic = read_examples(Path(router.none))
+            fitted = load_router(folder, encode=engine.encode)
+            report = evaluate(fitted, [Labelled(_query(engine, e), None) for e in generic])
+            console.print(f"the router leaves {report.kept:.1%} of {router.none} to the backbone")
+
+
+def _query(engine: TorchEngine, example: Example) -> Query:
+    prompt = render(engine.tokenizer, example.model_copy(update={"answer": None}))
+    return Query(prompt.token_ids, example.prompt)

@@ -1,0 +1,111 @@
+"""What a bank is measured against: the experts it was built from, and static merges of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import yaml
+from pydantic import ValidationError
+
+from ..adapters.backbone import Backbone
+from ..adapters.bank import Bank, BankModule
+from ..adapters.errors import BankError, RecipeError
+from ..adapters.experts import Base, Expert, LoraExpert, open_expert
+from ..adapters.merging.methods import find_method
+from ..adapters.recipe import Recipe
+
+_KEPT = ("name", "base", "experts", "calibration", "seed", "dtype")
+
+
+@dataclass(frozen=True)
+class GivenExperts:
+    """Experts that one engine can answer for: LoRAs on their base, or one full checkpoint.
+
+    names: of the experts. is_pinned: each is a module of the bank; else the bank is the expert.
+    """
+
+    bank: Bank
+    names: tuple[str, ...]
+    is_pinned: bool
+
+
+def recorded_recipe(bank: Bank) -> Recipe | None:
+    """What a bank was built from, as the recipe of a plain model; None when it does not say.
+
+    Raises:
+        BankError: the record is damaged, or of a newer version.
+    """
+    if bank.recipe is None:
+        return None
+    kept = {key: bank.recipe[key] for key in _KEPT if key in bank.recipe}
+    try:
+        return Recipe.model_validate({**kept, "modules": {"method": "none"}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BankError(
+            f"the recipe that bank {bank.name!r} records is damaged at {where!r}: {first['msg']}"
+        ) from error
+
+
+def open_experts(recipe: Recipe, asked: Sequence[str]) -> list[Expert]:
+    """The experts of a recipe that are asked for, checked against the base.
+
+    Raises:
+        BackboneError, ModuleError: one is missing, damaged or of another base.
+    """
+    wanted = [entry for entry in recipe.experts if entry.name in asked]
+    if not wanted:
+        return []
+    base = Base.open(recipe.base)
+    return [open_expert(entry.name, entry.path, base) for entry in wanted]
+
+
+def given_experts(recipe: Recipe, experts: Sequence[Expert]) -> Iterator[GivenExperts]:
+    """The experts as they were given to the build, as banks to be hosted one after the other."""
+    loras = [expert for expert in experts if isinstance(expert, LoraExpert)]
+    if loras:
+        names = tuple(expert.name for expert in loras)
+        base = Backbone.open(recipe.base, name="the base")  # no module can be called that
+        modules = [BankModule(expert.name, expert.path) for expert in loras]
+        free = next(name for k in count() if (name := f"experts{k}") not in names)
+        yield GivenExperts(Bank.adhoc(free, base, modules), names, is_pinned=True)
+    for expert in experts:
+        if not isinstance(expert, LoraExpert):
+            model = Backbone.open(expert.path, name="the expert")
+            bank = Bank.adhoc(expert.name, model, [])
+            yield GivenExperts(bank, (expert.name,), is_pinned=False)
+
+
+def static_recipe(recipe: Recipe, text: str) -> Recipe:
+    """A recipe of a plain model with another method.
+
+    recipe: as `recorded_recipe` gives it. text: a method, or `METHOD:PARAMETER=VALUE,...`.
+
+    Raises:
+        RecipeError: no such method or parameter, or a value out of range.
+    """
+    method, _, stated = text.partition(":")
+    document = recipe.model_dump(mode="json", exclude_unset=True)
+    document["backbone"] = {"method": method, **_parameters(text, stated)}
+    if find_method(method).needs is None:
+        document["calibration"] = None
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"--compare {text}: {message}") from error
+
+
+def _parameters(text: str, stated: str) -> dict[str, object]:
+    parameters: dict[str, object] = {}
+    for part in filter(None, stated.split(",")):
+        name, equals, value = part.partition("=")
+        if not (equals and name and value):
+            raise RecipeError(
+                f"--compare {text}: {part!r} is no parameter: write METHOD:NAME=VALUE,NAME=VALUE"
+            )
+        parameters[name.strip()] = yaml.safe_load(value)
+    return parameters

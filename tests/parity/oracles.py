@@ -1,0 +1,69 @@
+"""Small tensors for the comparisons with other libraries, and how mergekit is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeroute.adapters.delta import LowRank
+
+EXACT = {"rtol": 1e-5, "atol": 1e-6}
+"""Two sums of the same float32 numbers in different orders."""
+
+
+def dense_deltas(*shape: int, experts: int = 3, seed: int = 0) -> list[Tensor]:
+    """Random deltas; no two magnitudes are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(experts)]
+
+
+def low_ranks(
+    o: int,
+    i: int,
+    *,
+    rank: int,
+    experts: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> list[LowRank]:
+    """Random deltas in factors, with singular values that are well apart."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        LowRank(
+            torch.randn(o, rank, generator=generator, dtype=dtype),
+            torch.randn(rank, i, generator=generator, dtype=dtype),
+        )
+        for _ in range(experts)
+    ]
+
+
+def rotation(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A random orthogonal matrix, [size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=dtype))
+    return q
+
+
+def mergekit_delta(
+    methods: Any,
+    name: str,
+    deltas: Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
+    **parameters: Any,
+) -> Tensor:
+    """The merged delta as a mergekit method gives it.
+
+    methods: the module mergekit.merge_methods.api. weights: None for a method that takes none.
+    parameters: of the method, beside the weights.
+    """
+    base = torch.zeros_like(deltas[0]) if base is None else base
+    if weights is not None:
+        parameters["weight"] = list(weights)
+    tensors = [base, *(base + delta for delta in deltas)]
+    merged: Tensor = methods.merge_tensors(tensors, name, base_index=0, parameters=parameters)
+    return merged - base
