@@ -107,9 +107,7 @@ def build(
     return Bank.open(out, verify=False)
 
 
-def open_sources(
-    recipe: Recipe, *, progress: Progress = _silent
-) -> tuple[Base, list[Expert]]:
+def open_sources(recipe: Recipe, *, progress: Progress = _silent) -> tuple[Base, list[Expert]]:
     """The base and the experts of a recipe, checked against each other.
 
     Raises:
@@ -229,9 +227,7 @@ def _save_module(
     )
 
 
-def _provenance(
-    path: Path, expert: Expert, found: Extracted, recipe: Recipe
-) -> dict[str, Any]:
+def _provenance(path: Path, expert: Expert, found: Extracted, recipe: Recipe) -> dict[str, Any]:
     written = Module.read(path, name=expert.name)
     rounding = sum(
         distance(delta, written.deltas[layer]) ** 2 for layer, delta in found.module.deltas.items()

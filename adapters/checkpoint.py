@@ -141,7 +141,9 @@ class CheckpointWriter:
     ) -> None:
         self._folder = folder
         self._shards = _planned(tensors)
-        self._pending = [(name, index) for index, names in enumerate(self._shards) for name in names]
+        self._pending = [
+            (name, index) for index, names in enumerate(self._shards) for name in names
+        ]
         self._tensors = tensors
         self._file = None if not self._shards else self._start(0)
         self._shard = 0
@@ -295,7 +297,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         found[name] = TensorInfo(shape, _DTYPES[dtype], file, offset)
         offset += found[name].nbytes
     if offset != file.stat().st_size:
-        raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes, its header says {offset:,}")
+        raise CheckpointError(
+            f"{file} has {file.stat().st_size:,} bytes, its header says {offset:,}"
+        )
     return found
 
 

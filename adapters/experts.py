@@ -74,6 +74,7 @@ class Base:
         """Whether it is the head's weight, stored beside the embedding it is tied to."""
         return self.shapes.tied is not None and parameter == f"{self.shapes.tied[1]}.weight"
 
+
 @dataclass(frozen=True)
 class FullExpert:
     """A full checkpoint."""

@@ -165,12 +165,12 @@ def _careful_centres(points: Tensor, clusters: int, generator: torch.Generator) 
     """Up to `clusters` distinct points, each drawn by its squared distance to those before."""
     same = _SAME * points.square().sum(1).mean()
     chances = torch.ones(len(points), dtype=points.dtype)
+    nearest = torch.full_like(chances, torch.inf)
     centres: list[Tensor] = []
     while len(centres) < clusters and bool((chances > 0).any()):
         centres.append(points[torch.multinomial(chances, 1, generator=generator)])
-        distance = (points - centres[-1]).square().sum(1)
-        chances = torch.minimum(chances, distance) if len(centres) > 1 else distance
-        chances = chances.where(chances > same, 0.0)
+        nearest = torch.minimum(nearest, (points - centres[-1]).square().sum(1))
+        chances = nearest.where(nearest > same, 0.0)
     return torch.cat(centres)
 
 

@@ -151,7 +151,7 @@ class Module:
         if not _is_same(given, deltas[embedding]):
             raise ModuleError(
                 f"module {self.name!r} changes {embedding!r} and {head!r}, which share one weight, "
-                "in two ways: train with ensure_weight_tying=True, or leave one out"
+                "in two ways: give both the same factors and alpha, or leave one out"
             )
         return deltas
 

@@ -73,7 +73,7 @@ class Merger:
     def names(self) -> list[str]:
         """The base's parameters in the order in which they are merged."""
         depths = {name: p.depth for name, p in self.base.parameters.items()}
-        return sorted(depths, key=lambda name: (-1.0 if (d := depths[name]) is None else d))
+        return sorted(depths, key=lambda name: -1.0 if (d := depths[name]) is None else d)
 
     def write_backbone(self, folder: Path, *, on_parameter: Callable[[], None]) -> None:
         """Write the backbone's tensors: the base plus the merged change, or the base alone where
@@ -177,9 +177,7 @@ class Merger:
             delta = expert.factors(parameter.name)
             return delta or LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
         base = self.base.checkpoint.read_rows(parameter.name, 0, info.rows)
-        dense = expert.delta_rows(
-            parameter.name, 0, info.rows, base.to(self.device, torch.float32)
-        )
+        dense = expert.delta_rows(parameter.name, 0, info.rows, base.to(self.device, torch.float32))
         dense = dense.T if parameter.is_transposed else dense
         return truncated(dense, rank=min(dense.shape))
 
@@ -222,9 +220,7 @@ class Merger:
 
     def _is_beside(self, name: str) -> bool:
         """Whether the change of a parameter is kept in the shared module."""
-        return (
-            self.recipe.shared == "module" and self.base.parameters[name].kind is Kind.LINEAR
-        )
+        return self.recipe.shared == "module" and self.base.parameters[name].kind is Kind.LINEAR
 
     def _told(self, name: str, rows: Iterator[Tensor]) -> Iterator[Tensor]:
         """The rows; the statistics are told of the whole parameter once it went by."""

@@ -128,7 +128,9 @@ def _shared_parameters(
     known = {*names, "weight", *_IGNORED_PARAMETERS}
     for parameters in (common, *(model.get("parameters") or {} for model in models)):
         if unknown := parameters.keys() - known:
-            raise fail(f"parameter {min(unknown)!r} is not read; known are {', '.join(sorted(known))}")
+            raise fail(
+                f"parameter {min(unknown)!r} is not read; known are {', '.join(sorted(known))}"
+            )
         for key in parameters.keys() & names.keys():
             value = parameters[key]
             if not isinstance(value, bool):

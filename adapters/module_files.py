@@ -153,9 +153,10 @@ def write_factors(
     """
     if dtype not in (*_FLOATS, torch.int8):
         raise ModuleError(f"factors cannot be stored as {dtype}: choose a float dtype or int8")
+    # One key alone: safetensors writes several in any order, and the same module other bytes.
     metadata = {"format": "pt"}
     if ties_head is not None:
-        metadata[_TIES_HEAD] = "true" if ties_head else "false"
+        metadata = {_TIES_HEAD: "true" if ties_head else "false"}
     is_int8 = dtype == torch.int8
     tensors = dict(_quantised(factors) if is_int8 else _as_peft(factors, dtype))
     save_file(tensors, folder / (INT8_FILE if is_int8 else WEIGHTS_FILE), metadata=metadata)

@@ -93,9 +93,7 @@ class ModuleSettings(_Strict):
 
     method: Literal[
         "svd", "lora", "lego", "magnitude", "compeft", "bitdelta", "tall", "emr", "none"
-    ] = (
-        Field("svd", description="how it is compressed; lora keeps a LoRA's own factors")
-    )
+    ] = Field("svd", description="how it is compressed; lora keeps a LoRA's own factors")
     rank: int | None = Field(None, ge=1, description="components of every layer")
     energy: float | None = Field(None, gt=0, le=1, description="share of the energy to keep")
     bytes: Annotated[int, BeforeValidator(parse_size)] | None = Field(
@@ -106,6 +104,9 @@ class ModuleSettings(_Strict):
     )
     fit: Literal["weights", "outputs"] = Field(
         "weights", description="what is kept closest; outputs looks at the calibration prompts"
+    )
+    scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="of what is kept; above 1 against truncation"
     )
     dtype: ModuleDtype = Field("bfloat16", description="of the factors")
     density: float = Field(0.2, gt=0, le=1, description="share kept by magnitude and compeft")
@@ -128,6 +129,8 @@ class ModuleSettings(_Strict):
             raise ValueError(f"allocation {self.allocation} spends a budget: give bytes")
         if "density" in self.model_fields_set and self.method not in ("magnitude", "compeft"):
             raise ValueError(f"density means nothing to method {self.method}: remove it")
+        if self.scale != 1 and self.method in ("lora", "none"):
+            raise ValueError(f"scale means nothing to method {self.method}: remove it")
         if self.fit == "outputs" and self.method in ("lora", "lego", "none"):
             raise ValueError(f"fit outputs means nothing to method {self.method}: remove it")
         return self

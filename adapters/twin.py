@@ -80,7 +80,8 @@ def extract(
     for parameter in parameters:
         exclusive = reader.exclusive(parameter)
         kept = reader.compressed(parameter, exclusive)
-        delta = reader.low_rank(parameter, kept, ranks.get(parameter.layer))
+        nearest = reader.low_rank(parameter, kept, ranks.get(parameter.layer))
+        delta = nearest.scaled(settings.scale)
         total += distance(exclusive) ** 2
         lost += distance(exclusive, delta) ** 2
         lost_before += distance(exclusive, kept) ** 2
@@ -95,7 +96,9 @@ def extract(
         )
     relative = (total or 1.0) ** -0.5
     return Extracted(
-        Module(expert.name, deltas, vectors, frozenset(source.base.shapes.embeddings) & set(deltas)),
+        Module(
+            expert.name, deltas, vectors, frozenset(source.base.shapes.embeddings) & set(deltas)
+        ),
         error=lost**0.5 * relative,
         compressor_error=lost_before**0.5 * relative if settings.is_converted else None,
     )

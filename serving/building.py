@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..adapters.bank import Bank
 from ..adapters.blend import Blend
-from ..adapters.build import BuildTools, Calibrate, Calibrated, build
+from ..adapters.build import BuildTools, Calibrate, Calibrated, Progress, build
 from ..adapters.errors import BlendError, RecipeError
 from ..adapters.experts import Base, Expert
 from ..adapters.merging.methods import find_method
@@ -35,7 +35,7 @@ from ..runtime.loading import choose_device, load_tokenizer
 from ..runtime.rendering import Rendered, render
 from ..runtime.torch_engine import TorchEngine
 
-_COLUMNS = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
+_COLUMNS = (bars.TextColumn("{task.description:32}"), bars.BarColumn(), bars.MofNCompleteColumn())
 
 
 def build_bank(
@@ -58,18 +58,35 @@ def build_bank(
         return build(recipe, out, force=force, tools=tools)
 
 
-Stage = Callable[[str, int], Callable[[], None]]
+def summary(bank: Bank) -> Table:
+    """What came out: a row per module."""
+    weights = sum(file.stat().st_size for file in bank.backbone.path.glob("*.safetensors"))
+    table = Table(title=f"bank {escape(bank.name)}, backbone {weights / 1e6:,.1f} MB")
+    for column in ("module", "ranks", "MB", "% of backbone", "error", "rounding error"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    for module in bank.modules:
+        report = module.provenance
+        low, high = report["ranks"]
+        table.add_row(
+            escape(module.name),
+            str(high) if low == high else f"{low} to {high}",
+            f"{report['bytes'] / 1e6:,.2f}",
+            f"{100 * report['bytes'] / weights:.1f}",
+            f"{report['error']:.3f}",
+            f"{report['rounding_error']:.3f}",
+        )
+    return table
 
 
-def calibrator(recipe: Recipe, device: torch.device, stage: Stage) -> Calibrate:
+def calibrator(recipe: Recipe, device: torch.device, stage: Progress) -> Calibrate:
     """What runs the experts on a recipe's calibration prompts when a build needs it."""
     return lambda base, experts: _calibrated(recipe, base, experts, device, stage)
 
 
 @contextmanager
-def progress_bars(console: Console) -> Iterator[Stage]:
+def progress_bars(console: Console) -> Iterator[Progress]:
     """A bar per stage, on a terminal."""
-    with Progress(*_COLUMNS, TimeElapsedColumn(), console=console) as progress:
+    with bars.Progress(*_COLUMNS, bars.TimeElapsedColumn(), console=console) as progress:
 
         def stage(name: str, total: int) -> Callable[[], None]:
             bar = progress.add_task(name, total=total)
@@ -120,7 +137,7 @@ def _labelled(examples: Sequence[Example], recipe: Recipe) -> None:
 
 
 def _calibrated(
-    recipe: Recipe, base: Base, experts: Sequence[Expert], device: torch.device, stage: Stage
+    recipe: Recipe, base: Base, experts: Sequence[Expert], device: torch.device, stage: Progress
 ) -> Calibrated:
     """Statistics on the recipe's calibration prompts."""
     assert recipe.calibration is not None
@@ -154,7 +171,7 @@ def _write_router(
     backbone: Path,
     folder: Path,
     device: torch.device,
-    stage: Stage,
+    stage: Progress,
     console: Console,
 ) -> None:
     """Fit the recipe's router on the finished backbone."""
@@ -169,7 +186,7 @@ def _write_router(
         labelled = [Labelled(_query(engine, example), example.task) for example in examples]
         step = stage("router", len(labelled))
 
-        def counted(items: Sequence[Labelled]) -> Iterator[Labelled]:
+        def counted(items: Iterable[Labelled]) -> Iterator[Labelled]:
             for item in items:
                 yield item
                 step()

@@ -93,8 +93,8 @@ def evaluate(
 
     if plot:
         check_plot(plot)
-    if json_file and not json_file.parent.is_dir():
-        raise UsageError(f"{json_file} cannot be written: make the folder {json_file.parent} first")
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise UsageError(f"{json_file} cannot be written: name a file in a folder that exists")
     options = EvalOptions(
         metric=metric,
         max_tokens=max_tokens,

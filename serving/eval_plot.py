@@ -35,7 +35,7 @@ def check_plot(path: Path) -> None:
 def plot_report(report: Report, path: Path) -> None:
     """Draw a report.
 
-    Left, bars of every system's score per task; right, mean score against the mean bytes of a
+    Left, bars of every system's score per task, of the generic ones the mean; right, mean score against the mean bytes of a
     task's own weights: its module's or its expert's, none with the backbone or a static merge.
 
     Raises:
@@ -43,7 +43,7 @@ def plot_report(report: Report, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    rows = [*report.tasks, *filter(None, (report.mean,)), *report.generic]
+    rows = [*(report.tasks or report.generic), *filter(None, (report.mean, report.generic_mean))]
     width = max(6.0, 0.22 * len(rows) * (len(report.systems) + 1))
     figure = Figure(figsize=(width + 4.5, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(width, 4.0))
@@ -73,10 +73,9 @@ def _draw_bars(axes: Any, report: Report, rows: list[Figures], metric: str) -> N
             linewidth=0.5,
         )
     axes.set_xticks(range(len(rows)), [row.task for row in rows], rotation=45, ha="right")
-    if report.generic:
-        axes.axvline(len(rows) - len(report.generic) - 0.5, color="grey", linewidth=0.8)
+    axes.axvline(len(report.tasks or report.generic) - 0.5, color="grey", linewidth=0.8)
     axes.set_ylim(0, 105)
-    axes.set_xlabel("task" + (" (right of the line: no module's)" if report.generic else ""))
+    axes.set_xlabel("task (right of the line: means over tasks)")
     axes.set_ylabel(metric)
 
 

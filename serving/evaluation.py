@@ -62,9 +62,9 @@ class _Run:
     progress: Progress
 
     @contextmanager
-    def asker(self, bank: Bank) -> Iterator[Asker]:
-        """A bank in memory for the length of the block."""
-        loaded = self.progress(f"loading {bank.name}", 1)
+    def asker(self, bank: Bank, label: str) -> Iterator[Asker]:
+        """A bank in memory for the length of the block. label: what is said to be loading."""
+        loaded = self.progress(f"loading {label}", 1)
         service = Service(host_banks([bank], self.placement))
         loaded()
         try:
@@ -145,7 +145,7 @@ def _first(examples: Sequence[Example], limit: int | None) -> list[Example]:
 def _ask_bank(run: _Run, bank: Bank) -> dict[str, list[Outcome]]:
     """Backbone, router and pinned modules, on one engine."""
     modules = [module.name for module in bank.modules]
-    with run.asker(bank) as asker:
+    with run.asker(bank, bank.name) as asker:
         results = {BACKBONE: run.ask(asker, BACKBONE, lambda _: bank.backbone.name)}
         results[AUTO] = run.ask(asker, AUTO, lambda _: AUTO)
         if run.options.oracle:
@@ -156,7 +156,7 @@ def _ask_bank(run: _Run, bank: Bank) -> dict[str, list[Outcome]]:
 def _ask_experts(run: _Run, given: GivenExperts) -> list[Outcome]:
     """Each of these experts on the prompts of its own task."""
     label = EXPERTS if given.is_pinned else f"expert {given.names[0]}"
-    with run.asker(given.bank) as asker:
+    with run.asker(given.bank, label) as asker:
         return run.ask(
             asker, label, lambda e: str(e.task) if given.is_pinned else AUTO, tasks=given.names
         )
@@ -168,7 +168,7 @@ def _ask_merge(run: _Run, name: str, recipe: Recipe) -> list[Outcome]:
         device = choose_device(run.placement.device)
         tools = BuildTools(device, run.progress, calibrator(recipe, device, run.progress))
         bank = build(recipe, Path(folder) / "bank", tools=tools)
-        with run.asker(bank) as asker:
+        with run.asker(bank, name) as asker:
             return run.ask(asker, name, lambda _: AUTO)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -87,7 +87,7 @@ class Report:
         title = f"score in percent ({self.about['metric']})"
         yield self._table(title, lambda f: [_percent(f.scores.get(s)) for s in self.systems])
         if EXPERTS in self.systems:
-            yield self._table(
+            yield replace(self, generic=())._table(
                 "normalised score, experts = 100",
                 lambda f: [_percent((f.normalised or {}).get(s)) for s in self.systems],
             )

@@ -69,7 +69,7 @@ class HostedBank:
                     f"bank {self.bank.name!r} has no module {name!r}; its modules: {known}"
                 )
         known = blend.renamed(self.digests)
-        return known if self.shared is None else Blend({**known, self.shared: 1.0})
+        return known if self.shared is None else Blend({**dict(known.items()), self.shared: 1.0})
 
 
 def host_banks(

@@ -16,7 +16,7 @@ from ..adapters.experts import Base, Expert, LoraExpert, open_expert
 from ..adapters.merging.methods import find_method
 from ..adapters.recipe import Recipe
 
-_KEPT = ("name", "base", "experts", "calibration", "seed", "dtype")
+_KEPT = ("base", "experts", "calibration", "seed", "dtype")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ def recorded_recipe(bank: Bank) -> Recipe | None:
         return None
     kept = {key: bank.recipe[key] for key in _KEPT if key in bank.recipe}
     try:
-        return Recipe.model_validate({**kept, "modules": {"method": "none"}})
+        return Recipe.model_validate(
+            {**kept, "name": "static-merge", "modules": {"method": "none"}}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

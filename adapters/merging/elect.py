@@ -9,14 +9,15 @@ from .stack import Block, Stack
 
 
 def majority_sign(stack: Stack) -> Stack:
-    """Set to zero every entry whose sign is not that of the weighted sum over the experts.
+    """Set to zero every entry that, weighted, has not the sign of the sum over the experts.
 
-    A sum of zero counts as positive.
+    A sum of zero counts as positive. A weight below zero turns an expert's signs round, one of zero
+    leaves it nothing.
 
     Source: Yadav et al. 2023, TIES-Merging, arXiv:2306.01708, section 3 (elect); weighted as in
     mergekit, which for equal weights is the paper's rule.
     """
-    return stack.map(lambda block: block.with_x(_aligned(block.x, elected_sign(block))))
+    return stack.map(lambda block: block.with_x(_aligned(block)))
 
 
 def agree(stack: Stack, tall_threshold: float, agreement: int) -> Stack:
@@ -47,6 +48,7 @@ def tall_mask(delta: Tensor, merged: Tensor, threshold: float) -> Tensor:
     return delta.abs() > (merged - delta).abs_().mul_(threshold)
 
 
-def _aligned(x: Tensor, sign: Tensor) -> Tensor:
-    """x where its sign agrees, else zero."""
-    return (x * sign).clamp_min_(0).mul_(sign)
+def _aligned(block: Block) -> Tensor:
+    """x where the sign of w * x is the elected one, else zero."""
+    sign = block.w.sign() * elected_sign(block)
+    return (block.x * sign).clamp_min_(0).mul_(sign)

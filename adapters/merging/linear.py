@@ -24,7 +24,7 @@ def linear_factors(
     deltas: Sequence[LowRank], *, weights: Sequence[float], normalize: bool = True
 ) -> LowRank:
     """The weighted mean of the deltas, or their weighted sum; see `elementwise.linear`."""
-    total = sum(weights) if normalize else 1.0
+    total = (sum(weights) or 1.0) if normalize else 1.0
     return _weighted(deltas, [weight / total for weight in weights])
 
 

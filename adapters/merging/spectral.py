@@ -118,7 +118,7 @@ def wudi(
     merged = _least_squares(n, w, ridge * len(parts) / w.shape[0])
     bound, norm = summed(present).norm(), merged.norm()
     capped = merged.scaled(min(1.0, bound / norm)) if norm > 0 else merged
-    return cast_like(capped.scaled(scale), deltas[0])
+    return cast_like(balanced(capped).scaled(scale), deltas[0])
 
 
 def weighted(deltas: Sequence[LowRank], weights: Sequence[float]) -> list[LowRank]:
@@ -144,6 +144,13 @@ def summed(deltas: Sequence[LowRank]) -> LowRank:
     dense = torch.stack([delta.dense() for delta in deltas]).sum(0)
     identity = torch.eye(min(o, i), dtype=dense.dtype, device=dense.device)
     return LowRank(dense, identity) if i <= o else LowRank(identity, dense)
+
+
+def balanced(delta: LowRank) -> LowRank:
+    """The same change in balanced factors, which lose nothing but the last digit in float32, where
+    factors that cancel each other would lose all."""
+    u, singular, vt = delta.svd(rtol=1e-9)
+    return LowRank.from_svd(u, singular, vt) if singular.numel() else zero_like(delta)
 
 
 def zero_like(delta: LowRank) -> LowRank:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..delta import LowRank
-from .spectral import RANK_TOLERANCE, cast_like, summed, weighted, zero_like
+from .spectral import RANK_TOLERANCE, balanced, cast_like, summed, weighted, zero_like
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Threshold = Annotated[float, Field(ge=0, le=1)]
@@ -85,7 +85,7 @@ def opcm(
     for delta in present[1:]:
         total = opcm_step(total, delta, alpha=alpha)
     mean = sum(delta.norm() for delta in present) / len(present)
-    return cast_like(total.scaled(scale * mean / total.norm()), deltas[0])
+    return cast_like(balanced(total).scaled(scale * mean / total.norm()), deltas[0])
 
 
 def opcm_step(total: LowRank, delta: LowRank, *, alpha: Threshold = 0.5) -> LowRank:
@@ -138,7 +138,6 @@ def _trimmed(parts: Tensor, density: float) -> Tensor:
 
 def _disjoint_mean(parts: Tensor, sizes: Tensor) -> Tensor:
     """Mean of the weighted entries [T, k, i] whose sign is that of their sum; sizes: [T]."""
-    elected = parts.sum(0).sign()
-    agree = (parts.sign() == elected) & (elected != 0)
+    agree = parts.sign() == parts.sum(0).sign()
     divisor = (agree * sizes[:, None, None]).sum(0)
     return torch.where(agree, parts, 0.0).sum(0) / divisor.where(divisor > 0, 1.0)

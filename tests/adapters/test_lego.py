@@ -131,6 +131,18 @@ def test_the_raw_centroid_is_the_mean_of_the_vectors() -> None:
     assert_same(dense(merged), plain * ratio**2)
 
 
+def test_what_each_gauge_takes_for_alike() -> None:
+    e = torch.eye(2)
+    one = LowRank(e[:, :1], e[:1])
+    turned = LowRank(-e[:, :1], -e[:1])  # the same matrix, the opposite vector [a; b]
+    other = LowRank(e[:, :1], 0.2 * e[1:])  # a near vector, an orthogonal matrix
+    deltas = [one, turned, other]
+    balanced = lego(deltas, rank=2, reweight="none")
+    torch.testing.assert_close(balanced.dense(), torch.tensor([[1.0, 0.2], [0.0, 0.0]]))
+    raw = lego(deltas, rank=2, gauge="raw", reweight="none")
+    torch.testing.assert_close(raw.dense(), torch.tensor([[1.5, 0.1], [0.0, 0.0]]))
+
+
 @pytest.mark.parametrize("reweight", get_args(Reweight))
 def test_output_reweighting_is_the_root_of_ranks(reweight: Reweight) -> None:
     deltas = make_deltas(5, ranks=(2, 4, 6))  # 4 on average
@@ -145,7 +157,7 @@ def test_output_reweighting_is_the_root_of_ranks(reweight: Reweight) -> None:
 @pytest.mark.parametrize("gauge", get_args(Gauge))
 def test_units_that_nearly_cancel_are_not_blown_up(gauge: Gauge) -> None:
     one = make_deltas(6, ranks=[1])[0]
-    other = LowRank(-one.left * 0.999, -one.right if gauge == "raw" else one.right)
+    other = LowRank(-one.left * 0.999, one.right * (-0.999 if gauge == "raw" else 1))
     for rest in (other, one.scaled(-1)):
         merged = lego([one, rest], rank=1, gauge=gauge)
         assert bool(merged.dense().isfinite().all())

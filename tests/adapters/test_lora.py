@@ -218,8 +218,6 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
         ({"lora_bias": True}, ["lora_bias=True", "lora_bias=False"]),
         ({"trainable_token_indices": [1, 2]}, ["trainable_token_indices", "train without"]),
         ({"layer_replication": [(0, 2), (1, 3)]}, ["layer_replication", "train without"]),
-        ({"target_modules": ["q_proj", "lm_head"]}, ["lm_head", "train"]),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, ["embed", "train"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -278,7 +276,7 @@ def test_initialisations_that_keep_the_base_are_loaded(kind: object, folder: Pat
     ("name", "texts"),
     [
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", ["DoRA"]),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", ["embedding", "train without"]),
+        ("base_model.model.model.embed_tokens.base_layer.weight", ["modules_to_save"]),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", ["lora_bias=False"]),
         ("base_model.model.model.norm.weight", ["norm.weight", "modules_to_save"]),
         ("something", ["something"]),
@@ -350,6 +348,12 @@ def test_one_zero_layer_among_others_is_allowed(folder: Path) -> None:
 def test_an_alpha_of_zero_is_refused(folder: Path) -> None:
     edit_config(folder, lora_alpha=0)
     refuse(folder, "changes nothing")
+
+
+def test_a_missing_factor_of_an_embedding_is_refused(folder: Path) -> None:
+    key = "base_model.model.model.embed_tokens.lora_embedding_A"
+    edit_tensors(folder, lambda tensors: tensors.update({key: torch.ones(4, 300)}))
+    refuse(folder, "'model.embed_tokens'", "lacks lora_embedding_B", "incomplete")
 
 
 @pytest.mark.parametrize("side", ["A", "B"])

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mergeroute.routers.store import load_router
 from mergeroute.runtime.loading import load_model
 from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.serving.cli import DEMO_BANK, main
+from mergeroute.serving.eval_plot import plot_report
 from mergeroute.serving.evaluation import EvalOptions, evaluate
 from mergeroute.serving.figures import BACKBONE, EXPERTS, Figures, Report, mean_of
 from mergeroute.serving.hosting import Placement
@@ -272,6 +274,24 @@ def test_what_was_built_from_nothing_known_has_no_experts(bank: Bank, data: Path
             evaluate(bank, data, options, placement=PLACEMENT)
 
 
+def test_a_damaged_record_of_the_recipe_is_refused(built: Bank, data: Path) -> None:
+    damaged = replace(built, recipe={"base": "x", "experts": []})
+    with pytest.raises(BankError, match="damaged at 'experts'"):
+        evaluate(damaged, data, EvalOptions(experts=True), placement=PLACEMENT)
+
+
+def test_data_of_other_tasks_alone_is_all_generic_and_says_so(bank: Bank, tmp_path: Path) -> None:
+    file = written(tmp_path / "a.jsonl", [{"task": "zzz", "prompt": "x", "answer": "y"}])
+    options = EvalOptions(max_tokens=MAX_TOKENS, oracle=True)
+    report = evaluate(bank, file, options, placement=PLACEMENT)
+    assert (report.tasks, report.mean) == ((), None)
+    assert any("all count as generic" in note for note in report.notes)
+    assert any("without prompts in the data: upper, digit" in note for note in report.notes)
+    plot_report(report, tmp_path / "a.svg")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    assert len(list(report.tables())) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
@@ -333,7 +353,8 @@ def test_a_fault_of_the_input_is_one_message_and_status_1(
         ((tmp_path, "--data", file), 1, "is no bank"),
         ((path, "--data", file, "--plot", tmp_path / "a.jpg"), 1, ".png, .svg, .pdf"),
         ((path, "--data", file, "--plot", tmp_path / "no" / "a.png"), 1, "make the folder"),
-        ((path, "--data", file, "--json", tmp_path / "no" / "a.json"), 2, "make the folder"),
+        ((path, "--data", file, "--json", tmp_path / "no" / "a.json"), 2, "folder that exists"),
+        ((path, "--data", file, "--json", tmp_path), 2, "folder that exists"),
         ((path, "--data", file, "--metric", "bleu"), 2, "bleu"),
         ((path, "--data", file, "--limit", 0), 2, "--limit"),
         ((path,), 2, "--data"),

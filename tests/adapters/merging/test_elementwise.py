@@ -76,7 +76,7 @@ def slow_ties(deltas: list[Tensor], weights: list[float]) -> Tensor:
         agreeing = [
             (w, x)
             for w, x in zip(weights, entries, strict=True)
-            if (x > 0 if votes >= 0 else x < 0)
+            if (w * x > 0 if votes >= 0 else w * x < 0)
         ]
         if agreeing:
             total = sum(w * x for w, x in agreeing)
@@ -87,7 +87,7 @@ def slow_ties(deltas: list[Tensor], weights: list[float]) -> Tensor:
 @given(expert_deltas(), st.sampled_from([0.05, 0.3, 0.7, 1.0]))
 @settings(max_examples=25, deadline=None)
 def test_ties_is_the_obvious_loop(deltas: list[Tensor], density: float) -> None:
-    weights = [1.0, 2.0, 0.5, 4.0][: len(deltas)]
+    weights = [1.0, 2.0, -0.5, 4.0][: len(deltas)]
     kept = max(1, int(density * deltas[0].numel()))
     trimmed = [kept_largest(delta, kept) for delta in deltas]
     found = gathered(methods.ties(stack_of(deltas, weights=weights), density=density))

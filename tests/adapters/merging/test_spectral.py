@@ -146,6 +146,26 @@ def test_the_result_has_the_dtype_and_shape_of_the_deltas(name: str, dtype: torc
 
 
 @pytest.mark.parametrize("name", METHODS)
+@settings(deadline=None, max_examples=15)
+@given(seed=seeds)
+def test_float32_deltas_lose_only_the_last_rounding(name: str, seed: int) -> None:
+    deltas, weights = make_deltas(seed), [1.0, 0.5, 2.0]
+    wide = [LowRank(delta.left.double(), delta.right.double()) for delta in deltas]
+    merged = dense(METHODS[name](deltas, weights))
+    assert_same(merged, dense(METHODS[name](wide, weights)), tolerance=5e-7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_dense_delta_of_low_rank_is_merged_like_its_factors(name: str) -> None:
+    deltas, weights = make_deltas(3, o=64, i=48), [1.0, 0.5, 2.0]
+    decomposed = [torch.linalg.svd(delta.dense(), full_matrices=False) for delta in deltas]
+    full = [LowRank.from_svd(*parts) for parts in decomposed]  # 48 components, most of them noise
+    assert all(delta.rank == 48 for delta in full)
+    merged = dense(METHODS[name](deltas, weights))
+    assert_same(merged, dense(METHODS[name](full, weights)), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_deltas_of_full_rank_and_more_of_them_than_dimensions(name: str) -> None:
     deltas = make_deltas(3, o=4, i=3, ranks=[3, 3, 3, 3, 3])
     merged = METHODS[name](deltas, [1.0] * 5)
@@ -196,6 +216,12 @@ def test_tsv_is_the_published_method_where_that_is_defined(
     matrices = [w * dense(delta) for w, delta in zip(weights, deltas, strict=True)]
     assert merged.rank == rank * experts
     assert_same(dense(merged), dense_tsv(matrices, rank), tolerance=1e-4)
+
+
+def test_tsv_shares_the_dimensions_out_to_experts_of_full_rank() -> None:
+    deltas = make_deltas(5, ranks=[11, 11, 11])
+    expected = dense_tsv([dense(delta) for delta in deltas], 3)
+    assert_same(dense(tsv(deltas, weights=[1.0] * 3)), expected)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -58,7 +58,8 @@ def dense_knots(deltas: Sequence[Tensor], weights: list[float], density: float) 
     rank = int((s > 1e-6 * s[0]).sum())
     parts = (s[:rank, None] * vt[:rank]).split(deltas[0].shape[1], dim=1)
     columns = [(part / w).flatten().tolist() for part, w in zip(parts, weights, strict=True)]
-    return u[:, :rank] @ ties_of_entries(columns, weights, density).view(rank, -1)
+    merged: Tensor = u[:, :rank] @ ties_of_entries(columns, weights, density).view(rank, -1)
+    return merged
 
 
 @settings(deadline=None, max_examples=25)
