@@ -10,9 +10,7 @@ router/                  what mergeroute.routers wrote
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +33,7 @@ from .manifest import (
     read_manifest,
 )
 from .module_files import module_files
+from .staging import staged
 
 Progress = Callable[[str], None]
 """Told the name of each file once it is read."""
@@ -160,14 +159,14 @@ def new_bank(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     force: replace the bank that stands at `path`; nothing but a bank is replaced.
 
     Raises:
-        BankError: `path` exists, or what was written cannot be opened.
+        BankError: `path` exists, the disk is full, or what was written cannot be opened.
     """
     target = Path(path).expanduser()
     if target.exists() and not force:
         raise BankError(f"{target} exists: choose another folder or force the replacement")
     if target.is_file() or (target.is_dir() and not _is_replaceable(target)):
         raise BankError(f"{target} is no bank and will not be replaced: choose another folder")
-    with _staging(target) as folder:
+    with staged(target) as folder:
         yield folder
         Bank.open(folder)  # what cannot be opened takes nobody's place
 
@@ -302,28 +301,3 @@ def copy_files(files: Sequence[Path], folder: Path) -> None:
     folder.mkdir(parents=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, old / target.name)
-            try:
-                os.rename(folder, target)
-            except BaseException:
-                os.rename(old / target.name, target)
-                raise
-            finally:
-                if target.exists():
-                    shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

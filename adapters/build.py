@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from .backbone import checkpoint_files, digest_of_files
 from .bank import Bank, BankModule, copy_files, new_bank, seal
 from .checkpoint import Checkpoint
+from .delta import LowRank
 from .digest import file_digest
 from .errors import RecipeError
 from .experts import Base, Expert, FullExpert, open_expert
@@ -24,7 +26,7 @@ from .merging.stack import rows_per_block
 from .module_files import module_files
 from .recipe import ExpertEntry, Recipe
 from .truncation import distance
-from .twin import Extracted, Source, extract, own_factors
+from .twin import Extracted, Source, extract, matrices, own_factors
 
 MODULE_DTYPES = {**DTYPES, "int8": torch.int8}
 
@@ -86,8 +88,7 @@ def build(
         backbone = _write_backbone(folder / "backbone", merger, tools.progress)
         shared = merger.shared_deltas() if merger.is_factored else None
         if recipe.shared == "module":
-            assert shared is not None
-            Module("shared", _without_zeros(shared)).save(folder / "shared", dtype=torch.float32)
+            _save_shared(folder, shared or {})
         source = Source(base, Checkpoint.open(folder / "backbone"), shared, tools.device)
         modules = []
         if recipe.modules.method != "none":
@@ -186,8 +187,17 @@ def _write_backbone(folder: Path, merger: Merger, progress: Progress) -> Backbon
     copy_files(others, folder)
     step = progress(f"backbone by {merger.recipe.backbone.method}", len(merger.names))
     merger.write_backbone(folder, on_parameter=step)
+    if merger.recipe.dtype is not None:
+        _state_dtype(folder / "config.json", merger.recipe.dtype)
     digest = digest_of_files({f.name: file_digest(f) for f in checkpoint_files(folder)})
     return BackboneEntry(name=_backbone_name(merger.recipe), folder="backbone", digest=digest)
+
+
+def _state_dtype(config: Path, dtype: str) -> None:
+    """Say in a configuration what the weights are stored in: transformers loads them so."""
+    document = json.loads(config.read_text("utf-8"))
+    document.pop("torch_dtype", None)
+    config.write_text(json.dumps({**document, "dtype": dtype}, indent=2) + "\n", "utf-8")
 
 
 def _backbone_name(recipe: Recipe) -> str:
@@ -207,8 +217,8 @@ def _extracted(
     if recipe.modules.method == "lora":
         return own_factors(expert)
     moments = calibrated.moments(expert) if recipe.modules.fit == "outputs" else None
-    linear = [p for p in source.base.parameters.values() if p.kind is Kind.LINEAR]
-    step = progress(f"module {expert.name}", len(linear))
+    total = len(matrices(expert, source, recipe.kinds))
+    step = progress(f"module {expert.name}", total)
     return extract(expert, source, recipe.modules, recipe.kinds, moments=moments, on_layer=step)
 
 
@@ -255,8 +265,11 @@ def _write_router(folder: Path, tools: BuildTools) -> None:
     tools.write_router(folder / "backbone", folder / "router")
 
 
-def _without_zeros(deltas: Mapping[str, Any]) -> dict[str, Any]:
-    return {layer: delta for layer, delta in deltas.items() if delta.norm() > 0}
+def _save_shared(folder: Path, deltas: Mapping[str, LowRank]) -> None:
+    kept = {layer: delta for layer, delta in deltas.items() if delta.norm() > 0}
+    if not kept:
+        raise RecipeError("shared: module would change nothing: the merged change is zero")
+    Module("shared", kept).save(folder / "shared", dtype=torch.float32)
 
 
 def _source_digests(base: Base, experts: Sequence[Expert]) -> dict[str, str]:

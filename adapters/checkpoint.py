@@ -6,9 +6,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
@@ -97,14 +99,16 @@ class Checkpoint:
         return self.read_rows(name, 0, info.rows).reshape(info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor as a matrix, [b, i]; see `TensorInfo.rows`."""
+        """Rows `start` to `stop` of a tensor as a matrix, [b, i]; see `TensorInfo.rows`.
+
+        Raises:
+            CheckpointError: the file was removed or truncated since it was opened.
+        """
         info = self.tensors[name]
         stop = min(stop, info.rows)
         row_bytes = info.columns * info.dtype.itemsize
         buffer = bytearray((stop - start) * row_bytes)
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset + start * row_bytes)
-            _fill(file.fileno(), buffer, info.file)
+        _fill(buffer, info.file, info.offset + start * row_bytes)
         if not buffer:
             return torch.empty(stop - start, info.columns, dtype=info.dtype)
         return torch.frombuffer(buffer, dtype=info.dtype).view(stop - start, info.columns)
@@ -119,18 +123,16 @@ def checkpoint_writer(
     tensors: name to shape and dtype of everything that will be written.
 
     Raises:
-        CheckpointError: the disk has too little room, or what was written is not what was announced.
+        CheckpointError: the disk has too little room, or what is written was not announced so.
     """
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     check_room(folder, needed)
-    writer = CheckpointWriter(folder, tensors)
     try:
-        yield writer
-        writer.finish()
+        with closing(CheckpointWriter(folder, tensors)) as writer:
+            yield writer
+            writer.finish()
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
-    finally:
-        writer.close()
 
 
 class CheckpointWriter:
@@ -160,21 +162,23 @@ class CheckpointWriter:
         if shard != self._shard:
             self._next_shard(shard)
         shape, dtype = self._tensors[name]
-        written = 0
-        for block in blocks:
-            written += block.numel()
-            cast = block.detach().to("cpu", dtype).contiguous()
-            if dtype.is_floating_point and not cast.isfinite().all():
-                raise CheckpointError(
-                    f"the merged tensor {name!r} holds NaN or inf in {str(dtype)[6:]}: "
-                    "lower the scale, or write float32"
-                )
-            assert self._file is not None
-            self._file.write(cast.view(-1).view(torch.uint8).numpy().data)
+        written = sum(self._write_block(name, block, dtype) for block in blocks)
         if written != math.prod(shape):
             raise CheckpointError(
                 f"tensor {name!r} has {written:,} entries, {math.prod(shape):,} were announced"
             )
+
+    def _write_block(self, name: str, block: Tensor, dtype: torch.dtype) -> int:
+        """Write some rows; how many entries they have."""
+        cast = block.detach().to("cpu", dtype).contiguous()
+        if dtype.is_floating_point and not cast.isfinite().all():
+            raise CheckpointError(
+                f"the merged tensor {name!r} holds NaN or inf in {str(dtype)[6:]}: "
+                "lower the scale, or write float32"
+            )
+        assert self._file is not None
+        self._file.write(cast.view(-1).view(torch.uint8).numpy().data)
+        return cast.numel()
 
     def finish(self) -> None:
         """Check that everything was written, and write the index when there are several shards."""
@@ -197,7 +201,7 @@ class CheckpointWriter:
         self.close()
         self._file, self._shard = self._start(index), index
 
-    def _start(self, index: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def _start(self, index: int) -> BinaryIO:
         """Open a shard and write its header: the format is 8 bytes of length, JSON, then data.
 
         Source: the safetensors format, github.com/huggingface/safetensors.
@@ -222,7 +226,7 @@ class CheckpointWriter:
     def _name(self, index: int) -> str:
         count = len(self._shards)
         if count == 1:
-            return "model.safetensors"
+            return WEIGHTS
         return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
@@ -257,7 +261,11 @@ def _planned(
 
 
 def _shards(path: Path) -> list[Path]:
-    """The safetensors files that the index names, or all there are."""
+    """The one file of weights, else those that the index names, else all there are: transformers
+    looks in this order too.
+    """
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
     index = path / INDEX
     if not index.is_file():
         files = sorted(path.glob("*.safetensors"))
@@ -303,10 +311,16 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _fill(descriptor: int, buffer: bytearray, path: Path) -> None:
+def _fill(buffer: bytearray, path: Path, offset: int) -> None:
+    """Read a file from `offset` until the buffer is full."""
     view, filled = memoryview(buffer), 0
-    while filled < len(buffer):
-        count = os.readv(descriptor, [view[filled:]])
-        if count == 0:
-            raise CheckpointError(f"{path} was truncated while it was read")
-        filled += count
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while filled < len(buffer):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise CheckpointError(f"{path} was truncated while it was read")
+                filled += count
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .merging.elect import tall_mask
+from .merging.masks import emr_mask_and_rescale
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -59,8 +62,7 @@ def tall(delta: Tensor, merged: Tensor, *, threshold: float = 0.4) -> Compressed
 
     Source: Wang et al. 2024, Localizing Task Information, arXiv:2405.07813, equation 4.
     """
-    mask = delta.abs() > threshold * (merged - delta).abs()
-    return Compressed(merged * mask, _bits(delta))
+    return Compressed(merged * tall_mask(delta, merged, threshold), _bits(delta))
 
 
 def emr(delta: Tensor, unified: Tensor) -> Compressed:
@@ -70,10 +72,8 @@ def emr(delta: Tensor, unified: Tensor) -> Compressed:
 
     Source: Huang et al. 2024, EMR-Merging, arXiv:2405.17461, section 3.2.
     """
-    masked = unified * (delta * unified > 0)
-    size = masked.abs().sum()
-    scale = delta.abs().sum() / size if size > 0 else torch.zeros(())
-    return Compressed(masked * scale, _bits(delta) + 4)
+    mask, scale = emr_mask_and_rescale(delta, unified)
+    return Compressed(unified * mask * scale, _bits(delta) + 4)
 
 
 def quantised(weight: Tensor, *, bits: int) -> Compressed:

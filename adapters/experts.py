@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,23 @@ from torch import Tensor
 from .backbone import local_folder, locate
 from .checkpoint import Checkpoint
 from .delta import LowRank
-from .errors import BackboneError, CheckpointError
+from .errors import BackboneError, CheckpointError, ModuleError
 from .kinds import Kind, Parameter, classify, empty_model
 from .lora import CONFIG_FILE, Module
+from .merging.stack import rows_per_block
 from .shapes import Shapes
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+_COMMON = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+"""What the configurations of base and experts agree in."""
 
 
 class Expert(Protocol):
@@ -41,7 +52,11 @@ class Expert(Protocol):
 
 @dataclass(frozen=True)
 class Base:
-    """The common ancestor: its tensors, and what each of them is."""
+    """The common ancestor: its tensors, and what each of them is.
+
+    parameters: a head that is tied to the embedding is none of its own, even where it is stored.
+    config: what the configurations of the experts must state too.
+    """
 
     path: Path
     checkpoint: Checkpoint
@@ -58,12 +73,19 @@ class Base:
         """
         path = locate(source)
         model = empty_model(path)
-        config = model.config.to_dict()
-        if config.get("quantization_config"):
+        if getattr(model.config, "quantization_config", None):
             raise BackboneError(f"{path} is quantised: merge the bfloat16 checkpoint it came from")
-        checkpoint, known = Checkpoint.open(path), classify(model)
-        parameters = {n: known.get(n, Parameter(n, Kind.OTHER)) for n in checkpoint.tensors}
-        return cls(path, checkpoint, parameters, config, Shapes.of(model))
+        checkpoint, shapes, known = Checkpoint.open(path), Shapes.of(model), classify(model)
+        copy = _tied_copy(shapes)
+        _check_tied("the base", checkpoint, shapes)
+        if missing := known.keys() - checkpoint.tensors.keys() - {copy}:
+            raise CheckpointError(
+                f"{path} lacks the tensor {min(missing)!r} ({len(missing)} in all): it is "
+                "incomplete, or stores its tensors under other names; load it and save_pretrained()"
+            )
+        names = [name for name in checkpoint.tensors if name != copy]
+        parameters = {name: known.get(name, Parameter(name, Kind.BUFFER)) for name in names}
+        return cls(path, checkpoint, parameters, _common(model), shapes)
 
     @property
     def blocks(self) -> int:
@@ -72,7 +94,7 @@ class Base:
 
     def is_tied_copy(self, parameter: str) -> bool:
         """Whether it is the head's weight, stored beside the embedding it is tied to."""
-        return self.shapes.tied is not None and parameter == f"{self.shapes.tied[1]}.weight"
+        return parameter == _tied_copy(self.shapes)
 
 
 @dataclass(frozen=True)
@@ -108,15 +130,17 @@ class LoraExpert:
 
     def changes(self, parameter: str) -> bool:
         """Only what the LoRA targets differs."""
-        return self.factors(parameter) is not None
+        return parameter in self.module.vectors or self.factors(parameter) is not None
 
     def factors(self, parameter: str) -> LowRank | None:
-        """The delta of a layer's weight in factors, (out, in) also where it is stored transposed."""
+        """The delta of a layer's weight in factors, (out, in) even where stored transposed."""
         known = self.parameters[parameter]
         return self.module.deltas.get(known.layer) if parameter.endswith(".weight") else None
 
     def delta_rows(self, parameter: str, start: int, stop: int, base: Tensor) -> Tensor:
         """The product's rows, without the rest of it."""
+        if parameter in self.module.vectors:
+            return self.module.vectors[parameter].to(base).view(1, -1)
         delta = self.factors(parameter)
         if delta is None:
             return torch.zeros_like(base)
@@ -135,6 +159,7 @@ def open_expert(name: str, source: str | Path, base: Base) -> Expert:
         path = local_folder(source)
         if (path / CONFIG_FILE).is_file():
             module = Module.load(path, name=name, layers=base.shapes)
+            _check_ties(module, base.shapes)
             return LoraExpert(name, path, module, base.parameters)
         path = locate(path)
     except BackboneError as error:
@@ -144,18 +169,61 @@ def open_expert(name: str, source: str | Path, base: Base) -> Expert:
     _check_config(name, path, base)
     checkpoint = Checkpoint.open(path)
     _check_tensors(name, checkpoint, base)
+    _check_tied(f"expert {name!r}", checkpoint, base.shapes)
     return FullExpert(name, path, checkpoint)
 
 
 def _check_config(name: str, path: Path, base: Base) -> None:
-    config = empty_model(path).config.to_dict()
-    for key in ("model_type", *_SIZES, "tie_word_embeddings"):
-        theirs, ours = config.get(key), base.config.get(key)
-        if theirs != ours:
+    for key, theirs in _common(empty_model(path)).items():
+        if theirs != (ours := base.config[key]):
             raise BackboneError(
                 f"expert {name!r} has {key} {theirs!r}, the base {base.path} has {ours!r}: only "
                 "models of one base can be merged"
             )
+
+
+def _common(model: Any) -> dict[str, object]:  # noqa: ANN401 - transformers is untyped
+    config = model.config.get_text_config()
+    return {key: getattr(config, key, None) for key in _COMMON}
+
+
+def _tied_copy(shapes: Shapes) -> str | None:
+    """The name under which some checkpoints store a tied head a second time."""
+    return f"{shapes.tied[1]}.weight" if shapes.tied else None
+
+
+def _check_tied(owner: str, checkpoint: Checkpoint, shapes: Shapes) -> None:
+    """A head that is stored beside the embedding it is tied to equals it."""
+    copy = _tied_copy(shapes)
+    embedding = f"{shapes.tied[0]}.weight" if shapes.tied else None
+    if copy not in checkpoint.tensors or embedding not in checkpoint.tensors:
+        return
+    assert copy and embedding
+    info = checkpoint.tensors[embedding]
+    rows = rows_per_block(info.columns)
+    for start in range(0, info.rows, rows):
+        one, other = (checkpoint.read_rows(n, start, start + rows) for n in (embedding, copy))
+        if not torch.equal(one, other):
+            raise CheckpointError(
+                f"{owner} stores {copy!r} with other values than {embedding!r}, though its "
+                "config.json ties them: set tie_word_embeddings to false in all, or remove it"
+            )
+
+
+def _check_ties(module: Module, shapes: Shapes) -> None:
+    """A LoRA changes a tied embedding and the head alike, or neither: a merge has one matrix."""
+    if shapes.tied is None:
+        return
+    embedding, head = (module.resolved(shapes).get(layer) for layer in shapes.tied)
+    if embedding is not head and not (embedding and head and _is_same(embedding, head)):
+        raise ModuleError(
+            f"expert {module.name!r} changes one of {shapes.tied[0]!r} and {shapes.tied[1]!r}, "
+            "which share one weight: train with ensure_weight_tying, or on the inner layers"
+        )
+
+
+def _is_same(one: LowRank, other: LowRank) -> bool:
+    return torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
 
 
 def _check_tensors(name: str, checkpoint: Checkpoint, base: Base) -> None:

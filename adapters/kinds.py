@@ -25,6 +25,7 @@ class Kind(StrEnum):
     NORM = "norm"
     BIAS = "bias"
     OTHER = "other"
+    BUFFER = "buffer"  # stored beside the parameters: kept as the base has it
 
 
 @dataclass(frozen=True)

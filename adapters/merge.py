@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .checkpoint import checkpoint_writer
 from .delta import LowRank
+from .errors import CheckpointError
 from .experts import Base, Expert, LoraExpert
 from .kinds import Kind, Parameter
 from .merging.depth import l1_of_sum, lines_alpha, lines_factor
@@ -20,7 +22,7 @@ from .merging.elementwise import linear
 from .merging.methods import Method, find_method
 from .merging.stack import Block, Context, Merged, Stack, rows_per_block
 from .recipe import Recipe
-from .truncation import truncated
+from .truncation import on, truncated
 
 CACHED_BYTES = 160_000_000
 """Deltas of one parameter up to this size are kept while a method reads them several times."""
@@ -55,6 +57,7 @@ class Merger:
     recipe: Recipe
     statistics: Statistics | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _factored: dict[str, LowRank] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def method(self) -> Method:
@@ -86,18 +89,17 @@ class Merger:
         """
         stored = self.base.checkpoint.tensors
         tensors = {name: (stored[name].shape, self._dtype(name)) for name in self.names}
-        factors = self._depth_factors()
         with checkpoint_writer(folder, tensors) as writer:
             for name in tensors:
-                rows = self._backbone_rows(name, factors.get(name, 1.0))
+                rows = self._backbone_rows(name)
                 writer.write(name, self._told(name, rows))
                 on_parameter()
 
     def shared_deltas(self) -> dict[str, LowRank]:
         """The merged change of every linear layer in factors, by layer; see `is_factored`."""
-        factors = self._depth_factors()
+        factors = self._depth_factors
         return {
-            parameter.layer: self._low_rank(parameter).scaled(factors.get(name, 1.0))
+            parameter.layer: on(self._low_rank(parameter).scaled(factors.get(name, 1.0)), "cpu")
             for name, parameter in self.base.parameters.items()
             if parameter.kind is Kind.LINEAR and self._is_merged(name)
         }
@@ -137,11 +139,28 @@ class Merger:
         return Stack(read, len(self.experts), context)
 
     def _block(self, name: str, start: int, stop: int, weights: Tensor, index: int) -> Block:
-        base = self.base.checkpoint.read_rows(name, start, stop).to(self.device, torch.float32)
+        base = self._base_rows(name, start, stop)
         x = base.new_empty(len(self.experts), *base.shape)
         for row, expert in zip(x, self.experts, strict=True):
             row.copy_(expert.delta_rows(name, start, stop, base))
         return Block(x, weights.view(-1, 1, 1), base, index)
+
+    def _base_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the base in float32, where blocks are computed."""
+        return self._stored_rows(name, start, stop).to(self.device, torch.float32)
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the base as they are stored.
+
+        Raises:
+            CheckpointError: NaN or inf.
+        """
+        rows = self.base.checkpoint.read_rows(name, start, stop)
+        if rows.is_floating_point() and not rows.isfinite().all():
+            raise CheckpointError(
+                f"the base {self.base.path} holds NaN or inf in {name!r}: fetch it again"
+            )
+        return rows
 
     def _is_merged(self, name: str) -> bool:
         parameter = self.base.parameters[name]
@@ -154,17 +173,22 @@ class Merger:
         }
         return (
             self.method.space != "none"
+            and parameter.kind is not Kind.BUFFER
             and dropped.get(parameter.kind) != "drop"
             and self.base.checkpoint.tensors[name].dtype.is_floating_point
             and any(expert.changes(name) for expert in self.experts)
         )
 
     def _low_rank(self, parameter: Parameter) -> LowRank:
-        """The merged change of a linear layer in factors."""
+        """The merged change of a linear layer in factors; kept when they are small."""
+        if parameter.layer in self._factored:
+            return self._factored[parameter.layer]
         function = self.method.factored or self.method.function
         deltas = [self._factors(expert, parameter) for expert in self.experts]
         weights = [entry.weight for entry in self.recipe.experts]
         merged: LowRank = function(deltas, weights=weights, **self._parameters(parameter.name))
+        if self.is_factored:
+            self._factored[parameter.layer] = merged
         return merged
 
     def _factors(self, expert: Expert, parameter: Parameter) -> LowRank:
@@ -175,9 +199,10 @@ class Merger:
         if isinstance(expert, LoraExpert):
             columns, rows = info.shape if parameter.is_transposed else info.shape[::-1]
             delta = expert.factors(parameter.name)
-            return delta or LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
-        base = self.base.checkpoint.read_rows(parameter.name, 0, info.rows)
-        dense = expert.delta_rows(parameter.name, 0, info.rows, base.to(self.device, torch.float32))
+            empty = LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
+            return on(delta or empty, self.device)
+        base = self._base_rows(parameter.name, 0, info.rows)
+        dense = expert.delta_rows(parameter.name, 0, info.rows, base)
         dense = dense.T if parameter.is_transposed else dense
         return truncated(dense, rank=min(dense.shape))
 
@@ -205,18 +230,18 @@ class Merger:
         rows = rows_per_block(info.columns)
         return (left[start : start + rows] @ right for start in range(0, info.rows, rows))
 
-    def _backbone_rows(self, name: str, factor: float) -> Iterator[Tensor]:
-        checkpoint = self.base.checkpoint
-        info = checkpoint.tensors[name]
+    def _backbone_rows(self, name: str) -> Iterator[Tensor]:
+        """The backbone's rows of a parameter: as they are stored where nothing changes."""
+        info = self.base.checkpoint.tensors[name]
         rows = rows_per_block(info.columns)
         starts = range(0, info.rows, rows)
-        base = (checkpoint.read_rows(name, start, start + rows) for start in starts)
         change = None if self._is_beside(name) else self.change(name)
         if change is None:
-            yield from base
+            yield from (self._stored_rows(name, start, start + rows) for start in starts)
             return
-        for before, delta in zip(base, change, strict=True):
-            yield delta.mul(factor).add_(before.to(delta))
+        factor = self._depth_factors.get(name, 1.0)
+        for start, delta in zip(starts, change, strict=True):
+            yield delta.mul(factor).add_(self._base_rows(name, start, start + rows).to(delta))
 
     def _is_beside(self, name: str) -> bool:
         """Whether the change of a parameter is kept in the shared module."""
@@ -240,6 +265,7 @@ class Merger:
             return stored
         return DTYPES[self.recipe.dtype]
 
+    @cached_property
     def _depth_factors(self) -> Mapping[str, float]:
         """What the merged change of each parameter is scaled by."""
         lines = self.recipe.backbone.lines
@@ -252,7 +278,7 @@ class Merger:
         }
 
     def _alpha(self) -> float:
-        """LiNeS' scale at depth 0, from the norms of the sum and of the merge: a pass of its own."""
+        """LiNeS' scale at depth 0, from the norms of the sum and of the merge, in a pass apart."""
         summed = merged = 0.0
         for name in filter(self._is_merged, self.names):
             summed += l1_of_sum(self.stack(name))

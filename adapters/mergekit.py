@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .manifest import RESERVED_NAMES
 
 _KEYS = {
     "merge_method",
@@ -21,28 +23,23 @@ _KEYS = {
 _IGNORED_PARAMETERS = {"int8_mask"}
 """Trades memory for nothing that shows in the result."""
 
-_METHODS: dict[str, tuple[str, Mapping[str, str]]] = {
-    "linear": ("linear", {"normalize": "normalize"}),
-    "task_arithmetic": ("task_arithmetic", {"lambda": "scale"}),
-    "ties": ("ties", {"density": "density", "normalize": "normalize", "lambda": "scale"}),
-    "dare_linear": ("dare_linear", {"density": "density", "lambda": "scale"}),
-    "dare_ties": ("dare_ties", {"density": "density", "normalize": "normalize", "lambda": "scale"}),
-    "della": (
-        "della",
-        {"density": "density", "epsilon": "epsilon", "normalize": "normalize", "lambda": "scale"},
-    ),
-    "della_linear": (
-        "della_linear",
-        {"density": "density", "epsilon": "epsilon", "lambda": "scale"},
-    ),
-    "breadcrumbs": ("breadcrumbs", {"density": "density", "gamma": "gamma", "lambda": "scale"}),
-    "breadcrumbs_ties": (
-        "breadcrumbs_ties",
-        {"density": "density", "gamma": "gamma", "normalize": "normalize", "lambda": "scale"},
-    ),
-    "sce": ("sce", {"select_topk": "select_topk"}),
+_TASK = {"density": "density", "normalize": "normalize", "lambda": "scale"}
+_SUM = {"density": "density", "lambda": "scale"}
+
+_METHODS: dict[str, tuple[Mapping[str, str], Mapping[str, Any]]] = {
+    "linear": ({"normalize": "normalize"}, {}),
+    "task_arithmetic": ({"lambda": "scale"}, {}),
+    "ties": (_TASK, {"density": 1.0}),
+    "dare_linear": (_SUM, {"density": 1.0}),
+    "dare_ties": (_TASK, {"density": 1.0, "normalize": False}),
+    "della": ({**_TASK, "epsilon": "epsilon"}, {"density": 1.0}),
+    "della_linear": ({**_SUM, "epsilon": "epsilon"}, {"density": 1.0}),
+    "breadcrumbs": ({**_SUM, "gamma": "gamma"}, {"density": 1.0}),
+    "breadcrumbs_ties": ({**_TASK, "gamma": "gamma"}, {"density": 1.0, "normalize": False}),
+    "sce": ({"select_topk": "select_topk"}, {}),
 }
-"""merge_method: our method, and its parameters by mergekit's names."""
+"""merge_method, ours and theirs: our parameters by mergekit's names, and its defaults where ours
+differ."""
 
 
 def from_mergekit(document: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -55,25 +52,29 @@ def from_mergekit(document: Mapping[str, Any], *, source: str) -> dict[str, Any]
     unknown = document.keys() - _KEYS
     if unknown:
         raise fail(
-            f"{min(unknown)!r} of mergekit has no counterpart here: write the merge of whole "
-            f"models with {', '.join(sorted(_KEYS))}"
+            f"{min(map(str, unknown))!r} of mergekit has no counterpart here: write a merge of "
+            f"whole models with {', '.join(sorted(_KEYS))}"
         )
     method = document["merge_method"]
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise fail(f"merge_method {method!r} is not read; known are {', '.join(_METHODS)}")
     base = document.get("base_model")
     if not isinstance(base, str):
         raise fail("base_model is missing: name the common ancestor, by which deltas are taken")
     if document.get("tokenizer_source") not in (None, "base", base):
         raise fail("tokenizer_source must be base: vocabularies are not merged here")
-    models = [model for model in _models(document, fail) if model["model"] != base]
-    own, names = _METHODS[method]
-    stated = _shared_parameters(models, document.get("parameters") or {}, names, fail)
+    models = _models(document, fail)
+    common = _mapping("parameters", document.get("parameters"), fail)
+    names, defaults = _METHODS[method]
+    stated = {**defaults, **_shared_parameters(models, common, names, fail)}
+    weights = [_weight(model, common, fail) for model in models]
+    if method == "linear":
+        weights = _shares(weights, stated, fail)
     return {
-        "name": str(document.get("name", Path(source).stem)),
+        "name": _as_name(str(document.get("name", Path(source).stem)), "bank"),
         "base": base,
-        "experts": _experts(models, document.get("parameters") or {}, fail),
-        "backbone": {"method": own, **stated},
+        "experts": _experts(models, weights, base, fail),
+        "backbone": {"method": method, **stated},
         "modules": {"method": "none"},
         "dtype": document.get("out_dtype") or document.get("dtype"),
     }
@@ -94,31 +95,58 @@ def _models(document: Mapping[str, Any], fail: Failure) -> list[Mapping[str, Any
         if not isinstance(model, dict) or not isinstance(model.get("model"), str):
             raise fail(f"models holds {model!r}: each needs model: a path or hub id")
         if extra := model.keys() - {"model", "parameters"}:
-            raise fail(f"{min(extra)!r} of model {model['model']!r} is not read")
-    return models
+            raise fail(f"{min(map(str, extra))!r} of model {model['model']!r} is not read")
+    return [{**m, "parameters": _mapping("parameters", m.get("parameters"), fail)} for m in models]
+
+
+def _mapping(key: str, value: object, fail: Failure) -> Mapping[str, Any]:
+    if not isinstance(value, dict | None):
+        raise fail(f"{key} is {value!r}: give keys with values")
+    return value or {}
+
+
+def _weight(model: Mapping[str, Any], common: Mapping[str, Any], fail: Failure) -> float:
+    weight = model["parameters"].get("weight", common.get("weight", 1.0))
+    _check_number("weight", weight, fail)
+    return float(weight)
+
+
+def _shares(weights: Sequence[float], stated: dict[str, Any], fail: Failure) -> list[float]:
+    """Weights of whole models as weights of their changes, where the base counts as a model too."""
+    total = sum(weights)
+    is_mean = stated.pop("normalize", True)
+    if not total or (not is_mean and abs(total - 1) > 1e-6):
+        raise fail(
+            f"the weights add up to {total:g}, so the merge is no mean of models but a multiple of "
+            "one: make them add up to 1"
+        )
+    stated["normalize"] = False
+    return [weight / total for weight in weights]
 
 
 def _experts(
-    models: list[Mapping[str, Any]], common: Mapping[str, Any], fail: Failure
+    models: Sequence[Mapping[str, Any]], weights: Sequence[float], base: str, fail: Failure
 ) -> list[dict[str, Any]]:
-    experts = []
-    for index, model in enumerate(models):
-        weight = (model.get("parameters") or {}).get("weight", common.get("weight", 1.0))
-        _check_number("weight", weight, fail)
-        name = Path(model["model"]).name or f"expert{index}"
-        taken = {expert["name"] for expert in experts}
-        experts.append(
-            {
-                "name": name if name not in taken else f"{name}-{index}",
-                "path": model["model"],
-                "weight": weight,
-            }
-        )
-    return experts
+    """The models but the base, whose change is zero."""
+    found: dict[str, dict[str, Any]] = {}
+    for index, (model, weight) in enumerate(zip(models, weights, strict=True)):
+        if model["model"] != base:
+            name = _as_name(Path(model["model"]).name, f"expert{index}")
+            name = f"{name[:59]}-{index}" if name in found else name
+            found[name] = {"name": name, "path": model["model"], "weight": weight}
+    if not found:
+        raise fail("models holds the base alone: list the models to merge")
+    return list(found.values())
+
+
+def _as_name(text: str, otherwise: str) -> str:
+    """A name that requests can use."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")[:64]
+    return otherwise if not name or name in RESERVED_NAMES else name
 
 
 def _shared_parameters(
-    models: list[Mapping[str, Any]],
+    models: Sequence[Mapping[str, Any]],
     common: Mapping[str, Any],
     names: Mapping[str, str],
     fail: Failure,
@@ -126,14 +154,15 @@ def _shared_parameters(
     """The method's parameters; one that models state on their own must be the same in all."""
     stated: dict[str, Any] = {}
     known = {*names, "weight", *_IGNORED_PARAMETERS}
-    for parameters in (common, *(model.get("parameters") or {} for model in models)):
+    for parameters in (common, *(model["parameters"] for model in models)):
         if unknown := parameters.keys() - known:
             raise fail(
-                f"parameter {min(unknown)!r} is not read; known are {', '.join(sorted(known))}"
+                f"parameter {min(map(str, unknown))!r} is not read; known are "
+                f"{', '.join(sorted(known))}"
             )
         for key in parameters.keys() & names.keys():
             value = parameters[key]
-            if not isinstance(value, bool):
+            if key != "normalize":
                 _check_number(key, value, fail)
             if stated.setdefault(names[key], value) != value:
                 raise fail(f"{key} differs between models: state one value for all")

@@ -29,7 +29,7 @@ _PEFT_FACTOR = re.compile(
 )
 _PEFT_FROZEN = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.base_layer\.(?:weight|bias)")
 _INT8_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?:(?P<side>[AB])|embedding_(?P<table>[AB]))")
-_SCALE = ".scale"
+_SCALES = "scales"
 
 
 @dataclass
@@ -175,20 +175,20 @@ def quantise(factor: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     """Round a factor to int8, symmetrically, with one scale per component.
 
     factor: a matrix, finite. dim: its dimension that counts components.
-    Returns int8 of the same shape, and scales [r], float32: the largest size over 127. An entry is
-    off by at most half its scale; a component of zeros has scale zero.
+    Returns int8 of the same shape, and scales [r], bfloat16: the largest size over 127. An
+    entry is off by at most half its scale; a component of zeros has scale zero.
     """
     factor = factor.float()
     if not factor.numel():
-        return factor.to(torch.int8), factor.new_zeros(factor.shape[dim])
-    scales = factor.abs().amax(1 - dim) / _LEVELS
-    steps = scales.where(scales > 0, 1.0).unsqueeze(1 - dim)
+        return factor.to(torch.int8), factor.new_zeros(factor.shape[dim], dtype=torch.bfloat16)
+    scales = (factor.abs().amax(1 - dim) / _LEVELS).bfloat16()
+    steps = scales.float().where(scales > 0, 1.0).unsqueeze(1 - dim)
     return (factor / steps).round().clamp(-_LEVELS, _LEVELS).to(torch.int8), scales
 
 
 def dequantise(levels: Tensor, scales: Tensor, *, dim: int) -> Tensor:
     """The factor that int8 levels and their scales stand for, float32."""
-    return levels.float() * scales.unsqueeze(1 - dim)
+    return levels.float() * scales.float().unsqueeze(1 - dim)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
@@ -249,45 +249,59 @@ def _as_peft(
 
 
 def _quantised(factors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in factors:
-        levels, scales = quantise(tensor, dim=_component_dim(name))
+    """The levels of every factor, and the scales of all in the order of their names."""
+    scales = []
+    for name, tensor in sorted(factors, key=lambda factor: factor[0]):
+        levels, own = quantise(tensor, dim=_component_dim(name))
+        scales.append(own)
         yield name, levels.contiguous()
-        yield name + _SCALE, scales.contiguous()
+    yield _SCALES, torch.cat([torch.empty(0, dtype=torch.bfloat16), *scales])
 
 
 def _int8_factors(tensors: Mapping[str, Tensor]) -> Factors:
+    names = sorted(tensors.keys() - {_SCALES})
+    counts = [_components(name, tensors[name]) for name in names]
+    scales = _checked_scales(tensors.get(_SCALES), sum(counts))
     factors = Factors()
-    for name, tensor in tensors.items():
-        match = _INT8_FACTOR.fullmatch(name.removesuffix(_SCALE))
-        if match is None or match.string not in tensors:
-            raise ModuleError(f"tensor {name!r} is no int8 factor: write the folder again")
-        if match.string == name:
-            factors.put(match, _checked(name, tensor, tensors.get(name + _SCALE)))
+    for name, own in zip(names, scales.split(counts), strict=True):
+        match = _INT8_FACTOR.fullmatch(name)
+        assert match is not None
+        factors.put(match, dequantise(tensors[name], own, dim=_component_dim(name)))
     return factors
 
 
-def _checked(name: str, levels: Tensor, scales: Tensor | None) -> Tensor:
-    """An int8 factor, dequantised.
+def _components(name: str, levels: Tensor) -> int:
+    """How many components an int8 factor has.
 
     Raises:
-        ModuleError: levels or scales have another dtype or shape, or scales are missing.
+        ModuleError: it is none.
     """
+    if _INT8_FACTOR.fullmatch(name) is None:
+        raise ModuleError(f"tensor {name!r} is no int8 factor: write the folder again")
     if levels.dtype != torch.int8 or levels.ndim != 2:
         raise ModuleError(
             f"{name!r} is {levels.dtype} of shape {tuple(levels.shape)}, an int8 matrix is needed: "
             f"factors in floats belong into {WEIGHTS_FILE}"
         )
+    return levels.shape[_component_dim(name)]
+
+
+def _checked_scales(scales: Tensor | None, count: int) -> Tensor:
+    """The scales of all factors.
+
+    Raises:
+        ModuleError: they are missing, too few or too many, or no positive numbers.
+    """
     if scales is None:
-        raise ModuleError(f"{name!r} lacks {name + _SCALE!r}: the file is incomplete")
-    dim = _component_dim(name)
-    if scales.dtype != torch.float32 or tuple(scales.shape) != (levels.shape[dim],):
+        raise ModuleError(f"{_SCALES!r} is missing: the file is incomplete")
+    if scales.dtype != torch.bfloat16 or tuple(scales.shape) != (count,):
         raise ModuleError(
-            f"{name + _SCALE!r} is {scales.dtype} of shape {tuple(scales.shape)}, float32 of shape "
-            f"({levels.shape[dim]},) is needed: one scale per component"
+            f"{_SCALES!r} is {scales.dtype} of shape {tuple(scales.shape)}, bfloat16 of shape "
+            f"({count},) is needed: one scale per component of each factor"
         )
     if not (scales.isfinite().all() and (scales >= 0).all()):
-        raise ModuleError(f"{name + _SCALE!r} holds NaN, inf or a negative scale: it is damaged")
-    return dequantise(levels, scales, dim=dim)
+        raise ModuleError(f"{_SCALES!r} holds NaN, inf or a negative scale: it is damaged")
+    return scales
 
 
 def _component_dim(name: str) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 from .errors import RecipeError
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-_SCALE_BYTES = {"int8": 8}
-"""Two float32 scales for each component."""
+_SCALE_BYTES = {"int8": 4}
+"""Two bfloat16 scales for each component."""
 
 Shape = tuple[int, int]
 
@@ -63,7 +63,9 @@ def spend(
     heapq.heapify(heap)
     left = budget
     while heap:
-        _, layer = heapq.heappop(heap)
+        worth, layer = heapq.heappop(heap)
+        if worth == 0:
+            break  # nothing that is left keeps anything
         cost = component_bytes(shapes[layer], dtype)
         if cost > left:
             continue

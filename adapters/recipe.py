@@ -26,6 +26,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 ModuleDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 DEFAULT_RANK = 16
+DEFAULT_DENSITY = 0.2
 FULL_RANK_METHODS = ("magnitude", "compeft", "bitdelta", "tall", "emr")
 """Compressors whose result has full rank: it is converted to low rank before it is served."""
 
@@ -109,7 +110,9 @@ class ModuleSettings(_Strict):
         1.0, gt=0, allow_inf_nan=False, description="of what is kept; above 1 against truncation"
     )
     dtype: ModuleDtype = Field("bfloat16", description="of the factors")
-    density: float = Field(0.2, gt=0, le=1, description="share kept by magnitude and compeft")
+    density: float | None = Field(
+        None, gt=0, le=1, description="share kept by magnitude and compeft; default 0.2"
+    )
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -127,7 +130,7 @@ class ModuleSettings(_Strict):
             )
         if self.allocation != "fixed" and self.bytes is None:
             raise ValueError(f"allocation {self.allocation} spends a budget: give bytes")
-        if "density" in self.model_fields_set and self.method not in ("magnitude", "compeft"):
+        if self.density is not None and self.method not in ("magnitude", "compeft"):
             raise ValueError(f"density means nothing to method {self.method}: remove it")
         if self.scale != 1 and self.method in ("lora", "none"):
             raise ValueError(f"scale means nothing to method {self.method}: remove it")
@@ -143,7 +146,9 @@ class ModuleSettings(_Strict):
     @property
     def compressor_parameters(self) -> dict[str, float]:
         """What the compressor takes."""
-        return {"density": self.density} if self.method in ("magnitude", "compeft") else {}
+        if self.method not in ("magnitude", "compeft"):
+            return {}
+        return {"density": DEFAULT_DENSITY if self.density is None else self.density}
 
     @property
     def fixed_rank(self) -> int | None:
@@ -214,9 +219,9 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _check_whole(self) -> Self:
-        names = [expert.name for expert in self.experts]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two experts are called {min(twice)!r}: give each a name of its own")
+        self._check_names()
+        self._check_weights()
+        self._check_modules()
         if self.shared == "none" and self.backbone.method != "none":
             raise ValueError("shared none keeps the base: set backbone: {method: none} too")
         needs = find_method(self.backbone.method).needs
@@ -225,18 +230,47 @@ class Recipe(_Strict):
                 f"{self.backbone.method if needs else 'modules: {fit: outputs}'} looks at data: "
                 "give calibration, a JSON lines file of prompts with their task"
             )
-        for method in ("emr", "tall"):
-            if self.modules.method == method and self.backbone.method not in _STANDS_ON[method]:
-                raise ValueError(
-                    f"modules: {{method: {method}}} masks a merged change: set backbone: "
-                    f"{{method: {_STANDS_ON[method][0]}}}"
-                )
-        if self.modules.method == "lora" and self.backbone.method != "none":
+        lines = self.backbone.lines
+        if needs == "sequential" and (self.shared == "module" or (lines and lines.alpha is None)):
+            raise ValueError(
+                f"{self.backbone.method} runs through what is merged already, once and in order: "
+                "use shared: folded, and state alpha of lines, or use regmean"
+            )
+        return self
+
+    def _check_names(self) -> None:
+        names = [expert.name for expert in self.experts]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two experts are called {min(twice)!r}: give each a name of its own")
+        if self.name in names and self.modules.method != "none":
+            raise ValueError(
+                f"the bank and an expert are both called {self.name!r}: requests could not tell "
+                "them apart, set another name"
+            )
+
+    def _check_weights(self) -> None:
+        weights = [expert.weight for expert in self.experts]
+        if not any(weights):
+            raise ValueError("the weights of all experts are 0: nothing would be merged")
+        if find_method(self.backbone.method).needs and min(weights) < 0:
+            raise ValueError(
+                f"expert {self.experts[weights.index(min(weights))].name!r} has weight "
+                f"{min(weights):g}, {self.backbone.method} takes none below 0"
+            )
+
+    def _check_modules(self) -> None:
+        """The modules stand on what the backbone gives them."""
+        method, backbone = self.modules.method, self.backbone.method
+        if method in _STANDS_ON and (backbone not in _STANDS_ON[method] or self.shared == "module"):
+            raise ValueError(
+                f"modules: {{method: {method}}} masks a merged change: set backbone: "
+                f"{{method: {_STANDS_ON[method][0]}}} and shared: folded"
+            )
+        if method == "lora" and backbone != "none":
             raise ValueError(
                 "modules: {method: lora} keeps factors that stand on the base: set backbone: "
                 "{method: none}, or use method svd"
             )
-        return self
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -260,6 +294,8 @@ def read_recipe(path: str | Path) -> Recipe:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         raise RecipeError(f"{file}: {_explained(error)}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{file}: backbone: {error}") from error
     return resolved(recipe, file.parent)
 
 

@@ -34,8 +34,9 @@ def truncated(
     section 3.1: SVD of the change times the moment's Cholesky factor.
     """
     if rank == 0:
+        like = change.left if isinstance(change, LowRank) else change
         o, i = change.shape
-        return LowRank(torch.zeros(o, 0), torch.zeros(0, i))
+        return LowRank(like.new_zeros(o, 0).float(), like.new_zeros(0, i).float())
     if moment is None:
         return _decomposed(change, rank, energy)
     root = _root(moment)
@@ -54,6 +55,11 @@ def spectrum(change: Tensor | LowRank, *, moment: Tensor | None = None) -> Tenso
     whole = change.compact(rank=max(1, change.rank))
     norms: Tensor = whole.left.norm(dim=0) * whole.right.norm(dim=1)
     return norms
+
+
+def on(delta: LowRank, device: torch.device | str) -> LowRank:
+    """The same delta on a device."""
+    return LowRank(delta.left.to(device), delta.right.to(device))
 
 
 def distance(change: Tensor | LowRank, other: Tensor | LowRank | None = None) -> float:
@@ -90,8 +96,7 @@ def _randomised(dense: Tensor, rank: int) -> LowRank:
     Source: Halko et al. 2011, Finding structure with randomness, arXiv:0909.4061, algorithm 4.4.
     """
     generator = torch.Generator().manual_seed(0)
-    o, i = dense.shape
-    basis = torch.randn(i, rank + _OVERSAMPLING, generator=generator).to(dense)
+    basis = torch.randn(dense.shape[1], rank + _OVERSAMPLING, generator=generator).to(dense)
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(dense @ basis).Q
         basis = torch.linalg.qr(dense.T @ basis).Q

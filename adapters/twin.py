@@ -18,7 +18,7 @@ from .lego import lego
 from .lora import Module
 from .ranks import fixed_rank, spend
 from .recipe import KindSettings, ModuleSettings
-from .truncation import distance, spectrum, truncated
+from .truncation import distance, on, spectrum, truncated
 
 Change = Tensor | LowRank
 """A delta of a matrix, [o, i], dense or in factors."""
@@ -73,8 +73,9 @@ def extract(
     against the merged backbone.
     """
     reader = _Reader(expert, source, settings, moments or {})
-    parameters = [p for p in source.base.parameters.values() if reader.has_matrix(p, kinds)]
-    ranks = _ranks(reader, parameters, settings)
+    parameters = matrices(expert, source, kinds)
+    vectors = reader.vectors(kinds)
+    ranks = _ranks(reader, parameters, vectors)
     deltas: dict[str, LowRank] = {}
     total = lost = lost_before = 0.0
     for parameter in parameters:
@@ -86,9 +87,8 @@ def extract(
         lost += distance(exclusive, delta) ** 2
         lost_before += distance(exclusive, kept) ** 2
         if delta.norm() > 0:
-            deltas[parameter.layer] = delta
+            deltas[parameter.layer] = on(delta, "cpu")
         on_layer()
-    vectors = reader.vectors(kinds)
     if not deltas and not vectors:
         raise RecipeError(
             f"nothing is exclusive to expert {expert.name!r}: the backbone already equals it, "
@@ -102,6 +102,22 @@ def extract(
         error=lost**0.5 * relative,
         compressor_error=lost_before**0.5 * relative if settings.is_converted else None,
     )
+
+
+def matrices(expert: Expert, source: Source, kinds: KindSettings) -> list[Parameter]:
+    """The parameters that an expert's module holds a delta of."""
+    is_kept = {
+        Kind.LINEAR: True,
+        Kind.EMBEDDING: kinds.embedding == "svd",
+        Kind.HEAD: kinds.head == "svd",
+    }
+    shared = source.shared
+    return [
+        parameter
+        for name, parameter in source.base.parameters.items()
+        if is_kept.get(parameter.kind, False)
+        and (shared is None or parameter.layer in shared or expert.changes(name))
+    ]
 
 
 def own_factors(expert: Expert) -> Extracted:
@@ -127,17 +143,6 @@ class _Reader:
     settings: ModuleSettings
     moments: Mapping[str, Tensor]
 
-    def has_matrix(self, parameter: Parameter, kinds: KindSettings) -> bool:
-        """Whether the module holds a delta of this parameter."""
-        is_kept = {
-            Kind.LINEAR: True,
-            Kind.EMBEDDING: kinds.embedding == "svd",
-            Kind.HEAD: kinds.head == "svd",
-        }
-        if not is_kept.get(parameter.kind, False) or self.source.base.is_tied_copy(parameter.name):
-            return False
-        return self.expert.changes(parameter.name) or self.source.shared is None
-
     def shape(self, parameter: Parameter) -> tuple[int, int]:
         """(out, in), also where it is stored transposed."""
         o, i = self.source.base.checkpoint.tensors[parameter.name].shape
@@ -146,11 +151,12 @@ class _Reader:
     def exclusive(self, parameter: Parameter) -> Change:
         """Expert minus backbone, [o, i]."""
         shared = self.source.shared
-        if shared is None or not isinstance(self.expert, LoraExpert):
+        if shared is None or parameter.kind is not Kind.LINEAR:
             return self._dense(parameter, self.source.backbone)
+        assert isinstance(self.expert, LoraExpert)
         own, common = self.expert.factors(parameter.name), shared.get(parameter.layer)
-        parts = [] if own is None else [own]
-        return concat([*parts, common.scaled(-1)] if common is not None else parts)
+        minus = common.scaled(-1) if common is not None else None
+        return concat([part for part in (own, minus) if part is not None])
 
     def compressed(self, parameter: Parameter, exclusive: Change) -> Change:
         """What the compressor keeps of it."""
@@ -206,15 +212,20 @@ class _Reader:
 
 
 def _ranks(
-    reader: _Reader, parameters: list[Parameter], settings: ModuleSettings
+    reader: _Reader, parameters: list[Parameter], vectors: Mapping[str, Tensor]
 ) -> Mapping[str, int]:
-    """The rank of each layer; empty when the energy decides it."""
+    """The rank of each layer; empty when the energy decides it.
+
+    vectors: kept in float32; what they take of a byte budget is not there for factors.
+    """
+    settings = reader.settings
     shapes = {p.layer: reader.shape(p) for p in parameters}
     if settings.energy is not None:
         return {}
     if settings.bytes is None:
         return dict.fromkeys(shapes, settings.fixed_rank or 1)
+    budget = settings.bytes - 4 * sum(vector.numel() for vector in vectors.values())
     if settings.allocation == "fixed":
-        return fixed_rank(shapes, settings.bytes, dtype=settings.dtype)
+        return fixed_rank(shapes, budget, dtype=settings.dtype)
     spectra = {p.layer: reader.spectrum(p) for p in parameters}
-    return spend(spectra, shapes, settings.bytes, dtype=settings.dtype)
+    return spend(spectra, shapes, budget, dtype=settings.dtype)

@@ -1,9 +1,8 @@
 """Merges, modules and compressors on the zoo: `python -m benchmarks.merging --zoo build/zoo`.
 
-Every row is a bank built by `mergeroute build`'s own code, or the experts compressed one by one. Its
-score is the exact match of greedy answers on held-out inputs in known wordings, with oracle routing,
-relative to the experts it is made of. A static merge's scale, and a module's, is chosen on training
-inputs.
+Every row is a bank built by `mergeroute build`'s own code, or the experts compressed one by one.
+Its score is the exact match of greedy answers on held-out inputs in known wordings, with oracle
+routing, relative to the experts it is made of. Scales are chosen on training inputs.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,31 +43,10 @@ from mergeroute.serving.building import build_bank
 
 from .machine import describe_machine
 from .merging_plot import plot
+from .merging_rows import Row, rows
 
-Experts = Literal["full", "lora"]
-Group = Literal["reference", "static", "twin", "lego", "compressor"]
-
-SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)
 SCALE_PROMPTS = 20
 COLUMNS = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn())
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    backbone, modules: as in a recipe. scales: of the merge to choose from. compressor: name and
-    parameters, instead of a bank. others: further keys of the recipe.
-    """
-
-    label: str
-    group: Group
-    experts: Experts
-    backbone: Mapping[str, Any] = field(default_factory=dict)
-    modules: Mapping[str, Any] = field(default_factory=lambda: {"method": "none"})
-    scales: tuple[float, ...] = ()
-    compressor: tuple[str, Mapping[str, Any]] | None = None
-    looks_at_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,111 +56,7 @@ class Result:
     row: Row
     accuracies: dict[str, float]
     module_bytes: int = 0
-    scale: float | None = None
-
-
-STATIC: tuple[tuple[str, Mapping[str, Any]], ...] = (
-    ("weight average", {"method": "linear"}),
-    ("task arithmetic", {"method": "task_arithmetic"}),
-    (
-        "task arithmetic + LiNeS",
-        {"method": "task_arithmetic", "lines": {"alpha": 0.5, "beta": 1.0}},
-    ),
-    ("TIES", {"method": "ties"}),
-    ("DARE-linear", {"method": "dare_linear"}),
-    ("DARE-TIES", {"method": "dare_ties"}),
-    ("DELLA", {"method": "della"}),
-    ("Breadcrumbs", {"method": "breadcrumbs"}),
-    ("SCE", {"method": "sce", "select_topk": 0.5}),
-    ("PCB", {"method": "pcb"}),
-    ("Consensus", {"method": "consensus"}),
-    ("EMR, unified only", {"method": "emr"}),
-    ("WIDEN", {"method": "widen"}),
-    ("TSV-M", {"method": "tsv"}),
-    ("ISO-C", {"method": "iso_c"}),
-    ("KnOTS-TIES", {"method": "knots"}),
-    ("WUDI, ridge", {"method": "wudi"}),
-    ("OPCM", {"method": "opcm"}),
-    ("Fisher", {"method": "fisher"}),
-    ("RegMean", {"method": "regmean"}),
-    ("RegMean++", {"method": "regmean_plus_plus"}),
-)
-UNSCALED = ("linear", "fisher", "regmean", "regmean_plus_plus")
-CALIBRATED = ("fisher", "regmean", "regmean_plus_plus")
-TWIN = {"method": "task_arithmetic", "scale": 0.3}
-TWIN_RANKS = (1, 2, 4, 7, 8, 15, 16, 32, 64)
-
-
-def rows() -> list[Row]:
-    """The rows in the order in which they are printed."""
-    kinds: tuple[Experts, ...] = ("full", "lora")
-    return [
-        *(Row("base", "reference", kind, {"method": "none"}) for kind in kinds),
-        *(Row("experts", "reference", kind) for kind in kinds),
-        *(_static(label, backbone, kind) for kind in kinds for label, backbone in STATIC),
-        *_twin_rows(),
-        *_lego_rows(),
-        *_compressor_rows(),
-    ]
-
-
-def _static(label: str, backbone: Mapping[str, Any], kind: Experts) -> Row:
-    method = backbone["method"]
-    scales = () if method in UNSCALED else SCALES
-    return Row(label, "static", kind, backbone, scales=scales, looks_at_data=method in CALIBRATED)
-
-
-def _twin_rows() -> Iterator[Row]:
-    def twin(label: str, kind: Experts = "full", /, **modules: Any) -> Row:
-        looks = modules.get("fit") == "outputs"
-        return Row(label, "twin", kind, TWIN, {"method": "svd", **modules}, looks_at_data=looks)
-
-    for rank in TWIN_RANKS:
-        yield twin(f"Twin, rank {rank}, int8", rank=rank, dtype="int8")
-    for rank in (8, 16):
-        yield twin(f"Twin, rank {rank}, bfloat16", rank=rank, dtype="bfloat16")
-    for rank, scale in ((7, 1.1), (15, 1.1)):
-        yield twin(f"Twin, rank {rank}, int8, times {scale}", rank=rank, dtype="int8", scale=scale)
-    for percent in (5, 10):
-        budget = {"bytes": percent * 17_000, "dtype": "int8"}
-        yield twin(f"Twin, {percent} % of the bytes, int8", **budget)
-        for fit in ("weights", "outputs"):
-            label = f"Twin, {percent} %, int8, rank by energy of {fit}"
-            yield twin(label, **budget, allocation="energy", fit=fit)
-        yield twin(f"Twin, {percent} %, int8, closest outputs", **budget, fit="outputs")
-    for rank in (4, 8, 16):
-        yield twin(f"Twin, rank {rank}, bfloat16", "lora", rank=rank, dtype="bfloat16")
-    yield twin("Twin, rank 8, int8", "lora", rank=8, dtype="int8")
-    own = {"method": "lora", "dtype": "bfloat16"}
-    yield Row("LoRAs as they are, routed", "twin", "lora", {"method": "none"}, own)
-
-
-def _lego_rows() -> Iterator[Row]:
-    for rank in (8, 16, 32, 64):
-        backbone = {"method": "lego", "rank": rank}
-        yield Row(f"LEGO, {rank} clusters, merged", "lego", "lora", backbone, scales=SCALES)
-    raw = {"method": "lego", "rank": 8, "gauge": "raw"}
-    yield Row("LEGO, 8 clusters, raw gauge, merged", "lego", "lora", raw, scales=SCALES)
-    for rank in (2, 4):
-        modules = {"method": "lego", "rank": rank}
-        yield Row(
-            f"LEGO, each to {rank} units, routed", "lego", "lora", {"method": "none"}, modules
-        )
-
-
-def _compressor_rows() -> Iterator[Row]:
-    named: list[tuple[str, str, dict[str, Any]]] = [
-        *((f"magnitude, {d:.0%} kept", "magnitude", {"density": d}) for d in (0.05, 0.1, 0.2, 0.5)),
-        *((f"ComPEFT, {d:.0%} kept", "compeft", {"density": d}) for d in (0.2, 0.5)),
-        ("BitDelta, no distillation", "bitdelta", {}),
-        ("TALL masks", "tall", {}),
-        ("EMR masks", "emr", {}),
-        *((f"expert in int{bits}", "quantised", {"bits": bits}) for bits in (8, 4, 3)),
-    ]
-    for label, name, parameters in named:
-        yield Row(label, "compressor", "full", compressor=(name, parameters))
-    modules = {"method": "magnitude", "density": 0.2, "rank": 16, "dtype": "int8"}
-    yield Row("magnitude, 20 %, to rank 16, int8", "compressor", "full", TWIN, modules)
+    scales: tuple[float, ...] = ()
 
 
 def measure(row: Row, zoo: Path, prompts: int) -> Result:
@@ -192,21 +66,20 @@ def measure(row: Row, zoo: Path, prompts: int) -> Result:
     if row.compressor is not None:
         return _measure_compressor(row, zoo, prompts)
     with tempfile.TemporaryDirectory() as folder:
-        scale = best_scale(row, zoo, Path(folder)) if row.scales else None
-        bank = build(row, zoo, Path(folder) / "bank", scale)
-        accuracies = {t.name: _task_accuracy(bank, t, prompts, zoo) for t in tasks()}
+        row, scales = best_scales(row, zoo, Path(folder))
+        bank = build(row, zoo, Path(folder) / "bank")
+        accuracies = {t.name: _task_accuracy(bank, t, zoo, _tests(t, prompts)) for t in tasks()}
         sizes = [module.provenance["bytes"] for module in bank.modules]
-        return Result(row, accuracies, max(sizes, default=0), scale)
+        return Result(row, accuracies, max(sizes, default=0), scales)
 
 
-def build(row: Row, zoo: Path, out: Path, scale: float | None = None) -> Bank:
+def build(row: Row, zoo: Path, out: Path) -> Bank:
     """Build a row's bank."""
-    backbone = dict(row.backbone) if scale is None else {**row.backbone, "scale": scale}
     document = {
         "name": "row",
         "base": str(zoo / "base"),
         "experts": [{"name": t.name, "path": str(zoo / row.experts / t.name)} for t in tasks()],
-        "backbone": backbone,
+        "backbone": row.backbone,
         "modules": row.modules,
         "calibration": str(zoo / "calibration.jsonl") if row.looks_at_data else None,
     }
@@ -214,15 +87,27 @@ def build(row: Row, zoo: Path, out: Path, scale: float | None = None) -> Bank:
     return build_bank(recipe, out, device="cpu", console=Console(quiet=True))
 
 
-def best_scale(row: Row, zoo: Path, folder: Path) -> float:
-    """The scale with the best answers to training inputs of all tasks."""
-    tokenizer = load_tokenizer(zoo / "base")
-    examples = [e for task in tasks() for e in router_examples(task, SCALE_PROMPTS)]
-    scores = {}
+def best_scales(row: Row, zoo: Path, folder: Path) -> tuple[Row, tuple[float, ...]]:
+    """The row with the scales that answer training inputs of all tasks best, and the scales."""
+    found: dict[tuple[float, ...], tuple[float, Row]] = {}
+    for k, (candidate, scales) in enumerate(_candidates(row)):
+        bank = build(candidate, zoo, folder / f"candidate-{k}")
+        scores = [_task_accuracy(bank, t, zoo, router_examples(t, SCALE_PROMPTS)) for t in tasks()]
+        found[scales] = (sum(scores), candidate)
+    if not found:
+        return row, ()
+    best = max(found, key=lambda scales: found[scales][0])
+    return found[best][1], best
+
+
+def _candidates(row: Row) -> Iterator[tuple[Row, tuple[float, ...]]]:
     for scale in row.scales:
-        bank = build(row, zoo, folder / f"scale-{scale}", scale)
-        scores[scale] = accuracy(load_model(bank.backbone.path), tokenizer, examples)
-    return max(scores, key=lambda scale: scores[scale])
+        merged = replace(row, backbone={**row.backbone, "scale": scale})
+        if not row.module_scales:
+            yield merged, (scale,)
+        for module_scale in row.module_scales:
+            modules = {**row.modules, "scale": module_scale}
+            yield replace(merged, modules=modules), (scale, module_scale)
 
 
 def tasks() -> list[Task]:
@@ -230,16 +115,16 @@ def tasks() -> list[Task]:
     return target_tasks(load_tasks())
 
 
-def _task_accuracy(bank: Bank, task: Task, prompts: int, zoo: Path) -> float:
+def _task_accuracy(bank: Bank, task: Task, zoo: Path, examples: list[Example]) -> float:
     """The backbone with the task's own module, if there is one, on the task."""
     model = load_model(bank.backbone.path)
     entry = next((m for m in bank.modules if m.name == task.name), None)
     if entry is not None:
         merge_into(model, {task.name: bank.load(entry)}, Blend({task.name: 1.0}))
-    return accuracy(model, load_tokenizer(zoo / "base"), _examples(task, prompts))
+    return accuracy(model, load_tokenizer(zoo / "base"), examples)
 
 
-def _examples(task: Task, prompts: int) -> list[Example]:
+def _tests(task: Task, prompts: int) -> list[Example]:
     return evaluation_examples(task, prompts, wording="known")
 
 
@@ -248,7 +133,7 @@ def _measure_experts(row: Row, zoo: Path, prompts: int) -> Result:
     for task in tasks():
         folder = zoo / row.experts / task.name
         model = load_lora(zoo / "base", folder) if row.experts == "lora" else load_model(folder)
-        accuracies[task.name] = accuracy(model, tokenizer, _examples(task, prompts))
+        accuracies[task.name] = accuracy(model, tokenizer, _tests(task, prompts))
     file = "adapter_model.safetensors" if row.experts == "lora" else "model.safetensors"
     return Result(row, accuracies, (folder / file).stat().st_size)
 
@@ -269,7 +154,7 @@ def _measure_compressor(row: Row, zoo: Path, prompts: int) -> Result:
                 size += found.nbytes
                 with torch.no_grad():
                     weights[name].copy_(found.dense)
-        accuracies[task.name] = accuracy(model, tokenizer, _examples(task, prompts))
+        accuracies[task.name] = accuracy(model, tokenizer, _tests(task, prompts))
     return Result(row, accuracies, size)
 
 
@@ -310,7 +195,7 @@ def summarise(results: Sequence[Result], zoo: Path) -> list[dict[str, Any]]:
             "normalised": round(normalised(r), 2),
             "module_bytes": r.module_bytes,
             "module_percent": round(100 * r.module_bytes / model_bytes, 2),
-            "scale": r.scale,
+            "scales": r.scales,
             "accuracies": r.accuracies,
             "backbone": dict(r.row.backbone),
             "modules": dict(r.row.modules),
@@ -325,7 +210,7 @@ def show(entries: Sequence[Mapping[str, Any]], console: Console) -> None:
     for heading in ("what", "experts", "normalised", "bytes a module, % of model", "scale"):
         table.add_column(heading, justify="left" if heading in ("what", "experts") else "right")
     for entry in entries:
-        scale = "" if entry["scale"] is None else f"{entry['scale']:g}"
+        scale = " x ".join(f"{s:g}" for s in entry["scales"])
         size = f"{entry['module_percent']:.1f}" if entry["module_bytes"] else ""
         score = f"{entry['normalised']:.1f}"
         table.add_row(entry["label"], entry["experts"], score, size, scale)
@@ -359,9 +244,9 @@ def main() -> None:
         partial(measure, row, arguments.zoo, arguments.prompts) for row in chosen
     ]
     console = Console(stderr=True)
-    with Progress(*COLUMNS, TimeElapsedColumn(), console=console) as progress:
-        with worker_pool(arguments.workers) as pool:
-            results = run(pool, "rows", jobs, progress)
+    bars = Progress(*COLUMNS, TimeElapsedColumn(), console=console)
+    with bars as progress, worker_pool(arguments.workers) as pool:
+        results = run(pool, "rows", jobs, progress)
     entries = summarise(results, arguments.zoo)
     show(entries, Console())
     if arguments.json:

@@ -49,15 +49,14 @@ def run(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str]) -> 
             if pid:
                 break
             now = [_memory(process) for process in _tree(child.pid)]
-            resident = max(resident, sum(total for total, _ in now))
-            anonymous = max(anonymous, sum(own for _, own in now))
+            resident = max(resident, sum(m.resident for m in now), *(m.most for m in now))
+            anonymous = max(anonymous, sum(m.anonymous for m in now))
             time.sleep(PERIOD_S)
     wall = time.perf_counter() - begin
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise CommandFailed(f"{command[0]} ended with status {child.returncode}:\n{end}")
-    resident = max(resident, taken.ru_maxrss * 1024)  # kernel's own peak, of the largest process
     return Usage(wall, taken.ru_utime + taken.ru_stime, resident, anonymous)
 
 
@@ -73,12 +72,24 @@ def _tree(pid: int) -> Iterator[int]:
             yield from _tree(int(child))
 
 
-def _memory(pid: int) -> tuple[int, int]:
-    """Bytes of one process: resident, and of these anonymous."""
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes of one process; most: resident, the kernel's own peak.
+
+    The peak that wait4 tells is of no use: it begins with that of the process that forked.
+    """
+
+    resident: int = 0
+    anonymous: int = 0
+    most: int = 0
+
+
+def _memory(pid: int) -> _Memory:
+    """What a process takes now."""
     try:
         lines = Path("/proc", str(pid), "status").read_text().splitlines()
     except OSError:  # ended meanwhile
-        return 0, 0
+        return _Memory()
     fields = dict(line.split(":", 1) for line in lines)
-    resident, anonymous = (fields.get(key, "0 kB").split()[0] for key in ("VmRSS", "RssAnon"))
-    return int(resident) * 1024, int(anonymous) * 1024
+    keys = ("VmRSS", "RssAnon", "VmHWM")
+    return _Memory(*(1024 * int(fields.get(key, "0 kB").split()[0]) for key in keys))

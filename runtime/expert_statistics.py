@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..adapters.blend import Blend
 from ..adapters.experts import Base, Expert, LoraExpert
-from .merging import merge_into
 from ..adapters.merging.calibrated import fisher_norm
 from .calibration import fisher_diagonals, input_moments
 from .loading import load_model
+from .merging import merge_into
 from .rendering import Rendered
 from .sequential import SequentialMoments
 
@@ -59,8 +59,8 @@ class ExpertStatistics:
         return [moments[layer] for moments in self._moments]
 
     def fishers(self, parameter: str) -> Sequence[Tensor]:
-        """Each expert's Fisher diagonal of a parameter, in its shape; of norm 1 over all parameters,
-        or the expert that is least sure of its answers would decide alone.
+        """Each expert's Fisher diagonal of a parameter, in its shape; of norm 1 over the model, or
+        the expert that is least sure of its answers would decide alone.
         """
         return [fishers[parameter] for fishers in self._fishers]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ class Probe:
         names = owners | shapes.embeddings.keys() | shapes.head.keys()
         self._head = next(iter(shapes.head), None)
         self._layers: dict[str, nn.Module] = {name: model.get_submodule(name) for name in names}
-        self._inputs = _input_shapes(model, self._layers)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROWS
+        self._rows = min(_ROWS, longest)
+        self._kept = [row for row in _KEPT if row < self._rows]
+        self._inputs = self._input_shapes(model)
         self._scales: dict[str, float] = {}
         self._units: dict[str, nn.Module] = {}
 
@@ -41,7 +45,7 @@ class Probe:
         Raises:
             UnsupportedModelError: the model does not call the layer, or with other rows.
         """
-        rows = len(_KEPT) if name == self._head else _ROWS
+        rows = len(self._kept) if name == self._head else self._rows
         found = {tuple(d for d, n in enumerate(s) if n == rows) for s in self._inputs[name]}
         if len(found) != 1 or len(dims := found.pop()) != 1:
             raise UnsupportedModelError(
@@ -74,54 +78,56 @@ class Probe:
             self._units[name] = _unit(name, layer)
         return self._units[name]
 
+    @torch.inference_mode()
+    def _input_shapes(self, model: Any) -> dict[str, list[tuple[int, ...]]]:  # noqa: ANN401
+        """The shapes of what each layer is given in one forward; () where it is not one tensor."""
+        shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in self._layers}
 
-@torch.inference_mode()
-def _input_shapes(model: Any, layers: dict[str, nn.Module]) -> dict[str, list[tuple[int, ...]]]:  # noqa: ANN401
-    """The shapes of what each layer is given in one forward; () where it is not one tensor."""
-    shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
+        def watch(name: str) -> Callable[..., None]:
+            def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+                shapes[name].append(tuple(args[0].shape) if is_one else ())
 
-    def watch(name: str) -> Any:  # noqa: ANN401
-        def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-            shapes[name].append(tuple(args[0].shape) if is_one else ())
+            return note
 
-        return note
+        hooks = [
+            layer.register_forward_pre_hook(watch(name), with_kwargs=True)
+            for name, layer in self._layers.items()
+        ]
+        try:
+            self._run(model)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return shapes
 
-    hooks = [
-        layer.register_forward_pre_hook(watch(name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    batch = PackedBatch([Span(slot=0, start=0, stop=_ROWS, past=0)], device=model.device)
-    ids = torch.arange(_ROWS, device=model.device)[None] % model.config.get_text_config().vocab_size
-    try:
+    def _run(self, model: Any) -> None:  # noqa: ANN401
+        batch = PackedBatch([Span(slot=0, start=0, stop=self._rows, past=0)], device=model.device)
+        vocabulary = model.config.get_text_config().vocab_size
         with packed(batch), blending(None):
             model(
-                input_ids=ids,
+                input_ids=batch.positions[None] % vocabulary,
                 position_ids=batch.positions[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(_KEPT, device=model.device),
+                logits_to_keep=torch.tensor(self._kept, device=model.device),
             )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes
 
 
 @torch.inference_mode()
 def _scale(name: str, layer: nn.Module) -> float:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    stated = torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(weight.dtype)
+    scale = torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(weight)
     ids = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // 64), device=weight.device)
-    looked_up = layer(ids)
-    if getattr(layer, "max_norm", None) or not torch.equal(
-        looked_up, weight[ids] * stated.to(weight.device)
-    ):
-        raise UnsupportedModelError(
-            f"{name!r} is a {type(layer).__name__}, which does more than to look up and scale: "
-            "modules cannot change it"
-        )
-    return float(stated)
+    try:
+        if not layer.max_norm and torch.equal(layer(ids), weight[ids] * scale):
+            return float(scale)
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        pass
+    raise UnsupportedModelError(
+        f"{name!r} is a {type(layer).__name__}, which does more than to look up and scale: "
+        "modules cannot change it"
+    )
 
 
 @torch.no_grad()

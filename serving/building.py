@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..adapters.backbone import locate
 from ..adapters.bank import Bank
 from ..adapters.blend import Blend
 from ..adapters.build import BuildTools, Calibrate, Calibrated, Progress, build
-from ..adapters.errors import BlendError, RecipeError
+from ..adapters.errors import BlendError, RecipeError, RouterError
 from ..adapters.experts import Base, Expert
+from ..adapters.kinds import empty_model
 from ..adapters.merging.methods import find_method
 from ..adapters.recipe import Recipe, RouterSection
 from ..routers.base import Query
@@ -47,7 +49,7 @@ def build_bank(
         MergerouteError: an input cannot be used; nothing is left behind.
     """
     place = choose_device(device)
-    _check_router(recipe)
+    check_router(recipe)
     with progress_bars(console) as stage:
 
         def write_router(backbone: Path, folder: Path) -> None:
@@ -95,23 +97,42 @@ def progress_bars(console: Console) -> Iterator[Progress]:
         yield stage
 
 
-def _check_router(recipe: Recipe) -> None:
-    """Refuse what the router would stumble over once everything else is built."""
+def check_router(recipe: Recipe) -> None:
+    """Refuse what the router would stumble over once everything else is built.
+
+    Raises:
+        RecipeError: there are no modules to choose from, or a setting or task fits none of them.
+        DataError: a data file is missing or damaged.
+        UnsupportedModelError: the base has no usable tokenizer.
+    """
     router = recipe.router
     if router is None:
         return
     if recipe.modules.method == "none":
         raise RecipeError("router chooses among modules, and modules: {method: none} has none")
-    Policy.parse(router.policy)
-    names = {expert.name for expert in recipe.experts}
-    if router.blend is not None:
-        unknown = set(_blend(router)) - names
-        if unknown:
+    try:
+        Policy.parse(router.policy)
+    except RouterError as error:
+        raise RecipeError(f"router.policy: {error}") from error
+    if router.scorer == "fixed":
+        names = {expert.name for expert in recipe.experts}
+        if unknown := set(_blend(router)) - names:
             raise RecipeError(f"router.blend names {min(unknown)!r}, which is no expert")
-    if router.data is not None:
-        _labelled(read_examples(Path(router.data), needs=("task",)), recipe)
+        return
+    _check_prototype(recipe, router)
+
+
+def _check_prototype(recipe: Recipe, router: RouterSection) -> None:
+    _check_tasks(read_examples(Path(router.data or ""), needs=("task",)), recipe)
     if router.none is not None:
         read_examples(Path(router.none))
+    path = locate(recipe.base)
+    load_tokenizer(path)
+    layers = empty_model(path).config.get_text_config().num_hidden_layers
+    if router.signal.layer > layers:
+        raise RecipeError(
+            f"router.signal.layer is {router.signal.layer}, the base has {layers} layers"
+        )
 
 
 def _blend(router: RouterSection) -> Blend:
@@ -121,7 +142,7 @@ def _blend(router: RouterSection) -> Blend:
         raise RecipeError(f"router.blend: {error}") from error
 
 
-def _labelled(examples: Sequence[Example], recipe: Recipe) -> None:
+def _check_tasks(examples: Sequence[Example], recipe: Recipe) -> None:
     """Every module has examples, and every example a module."""
     tasks, names = {example.task for example in examples}, {e.name for e in recipe.experts}
     if missing := names - tasks:

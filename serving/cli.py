@@ -156,19 +156,35 @@ def route(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Bank, checkpoint or LoRA folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Recipe, bank, checkpoint or LoRA folder.")
+    ],
     as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also pictures: energy by rank, likeness of experts."),
+    ] = None,
 ) -> None:
-    """Show what is in a bank, a checkpoint or a PEFT LoRA folder; a bank is verified."""
-    from .inspection import describe_path, tables
+    """Show what is in a recipe's sources, a bank, a checkpoint or a PEFT LoRA folder.
 
-    with console.status("reading"):
-        description = describe_path(path)
+    Nothing is built; a bank is verified.
+    """
+    from . import inspect_plots
+    from .building import progress_bars
+    from .inspect_tables import tables
+    from .inspection import inspect_path
+
+    if plot:
+        inspect_plots.check_folder(plot)
+    with progress_bars(console) as progress:
+        found = inspect_path(path, progress=progress)
+    for picture in inspect_plots.plot(found, plot) if plot else ():
+        _say(str(picture))
     if as_json:
-        _print_json(description)
+        _print_json(found.document)
         return
-    output = Console(emoji=False)
-    for table in tables(description):
+    output = Console(emoji=False, highlight=False, width=None if sys.stdout.isatty() else 200)
+    for table in tables(found.document):
         output.print(table)
 
 

@@ -148,7 +148,7 @@ def _ask_bank(run: _Run, bank: Bank) -> dict[str, list[Outcome]]:
     with run.asker(bank, bank.name) as asker:
         results = {BACKBONE: run.ask(asker, BACKBONE, lambda _: bank.backbone.name)}
         results[AUTO] = run.ask(asker, AUTO, lambda _: AUTO)
-        if run.options.oracle:
+        if run.options.oracle and modules:
             results[ORACLE] = run.ask(asker, ORACLE, lambda e: str(e.task), tasks=modules)
     return results
 

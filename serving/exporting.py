@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from ..adapters.bank import Bank
+from ..adapters.delta import concat
 from ..adapters.errors import BankError, ModuleError
+from ..adapters.lora import Module
 from ..adapters.merge import DTYPES
+from ..adapters.staging import staged
 
 
 def export_module(bank_path: Path, name: str, out: Path, *, dtype: str = "bfloat16") -> None:
-    """Write a module of a bank as a PEFT LoRA folder, which appears whole or not at all.
+    """Write a module of a bank as a PEFT LoRA folder, which appears whole or not at all. It stands
+    on the backbone alone: a shared module is part of it.
 
     dtype: of the factors.
 
     Raises:
-        BankError: the bank has no such module, or `out` exists.
+        BankError: the bank has no such module, or `out` exists or cannot be written.
         ModuleError: the module changes norms or biases, which a LoRA folder cannot hold, or the
             dtype is unknown.
     """
@@ -31,16 +34,21 @@ def export_module(bank_path: Path, name: str, out: Path, *, dtype: str = "bfloat
     if dtype not in DTYPES:
         raise ModuleError(f"dtype {dtype!r} is unknown: {', '.join(DTYPES)}")
     module = bank.load(found)
+    if bank.shared is not None:
+        module = _with_shared(module, bank.load(bank.shared))
     if module.vectors:
         raise ModuleError(
             f"module {name!r} changes {min(module.vectors)!r}, which a PEFT LoRA folder cannot "
             "hold: build the bank with kinds: {norm: shared, bias: shared}"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        module.save(staging, base=str(bank.backbone.path), dtype=DTYPES[dtype])
-        staging.chmod(0o755)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staged(out) as folder:
+        module.save(folder, base=str(bank.backbone.path), dtype=DTYPES[dtype])
+
+
+def _with_shared(module: Module, shared: Module) -> Module:
+    """A module that needs no other beside it: the exact sum with the always-on one."""
+    deltas = {
+        layer: concat([m.deltas[layer] for m in (shared, module) if layer in m.deltas])
+        for layer in {**shared.deltas, **module.deltas}
+    }
+    return replace(module, deltas=deltas)

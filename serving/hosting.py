@@ -68,8 +68,8 @@ class HostedBank:
                 raise UnknownTargetError(
                     f"bank {self.bank.name!r} has no module {name!r}; its modules: {known}"
                 )
-        known = blend.renamed(self.digests)
-        return known if self.shared is None else Blend({**dict(known.items()), self.shared: 1.0})
+        loaded = blend.renamed(self.digests)
+        return loaded if self.shared is None else Blend({**loaded, self.shared: 1.0})
 
 
 def host_banks(

@@ -1,126 +1,188 @@
-"""What `mergeroute inspect` tells of a folder."""
+"""What `mergeroute inspect` tells of a recipe, a bank, a checkpoint or a LoRA folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..adapters.backbone import Backbone
-from ..adapters.bank import Bank
+from ..adapters.bank import Bank, BankModule
+from ..adapters.build import Progress, open_sources
 from ..adapters.errors import MergerouteError
-from ..adapters.lora import CONFIG_FILE, Coverage, Module
+from ..adapters.experts import Base
+from ..adapters.lora import CONFIG_FILE, Module
 from ..adapters.manifest import MANIFEST
+from ..adapters.module_check import check_layer, check_vector
+from ..adapters.module_files import module_files
+from ..adapters.recipe import Recipe, read_recipe
+from ..adapters.shapes import Shapes
+from ..adapters.survey import Survey, Surveyed, survey_experts, survey_modules, surveyed_names
+from .inspect_entries import (
+    backbone_entry,
+    block_of,
+    comparison,
+    coverage_entry,
+    disk_bytes,
+    expert_entry,
+    parameter_entry,
+    sizes,
+    spread,
+)
+
+_RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 class InspectError(MergerouteError):
-    """The folder is nothing that can be told about."""
+    """The path is nothing that can be told about."""
 
 
-def describe_path(path: Path) -> dict[str, Any]:
-    """A JSON description of a bank, a checkpoint or a LoRA folder.
+@dataclass(frozen=True)
+class Inspection:
+    """What was found. document: JSON. survey: of what has deltas."""
+
+    document: dict[str, Any]
+    survey: Survey | None = None
+
+
+def inspect_path(
+    path: Path, *, progress: Progress = lambda _stage, _total: lambda: None
+) -> Inspection:
+    """Read a recipe's sources, a bank, a checkpoint or a LoRA folder. Nothing is built or run.
 
     Raises:
-        MergerouteError: the folder is none of them, or is damaged.
+        MergerouteError: the path is none of them, or something there is missing or damaged.
     """
+    if path.is_file() and path.suffix.lower() in _RECIPE_SUFFIXES:
+        return _inspect_recipe(path, progress)
+    if not path.is_dir():
+        raise InspectError(
+            f"{path} is no folder and no recipe (*.yaml)" if path.exists() else f"{path} is missing"
+        )
     if (path / MANIFEST).is_file():
-        return _describe_bank(Bank.open(path))
+        return _inspect_bank(path, progress)
     if (path / CONFIG_FILE).is_file():
-        return _describe_module(path)
+        return _inspect_module(path)
     if (path / "config.json").is_file():
-        return _describe_backbone(Backbone.open(path))
+        return _inspect_checkpoint(path, progress)
     raise InspectError(
         f"{path} holds none of {MANIFEST} (bank), {CONFIG_FILE} (LoRA) and config.json (checkpoint)"
     )
 
 
-def tables(description: dict[str, Any]) -> Iterator[Table]:
-    """The description as tables: single values first, then one table per list."""
-    single = Table(title=description["kind"], show_header=False)
-    for key, value in description.items():
-        if not isinstance(value, list):
-            single.add_row(key, escape(_text(value)))
-    yield single
-    for key, rows in description.items():
-        if isinstance(rows, list) and rows:
-            yield _rows_table(key, rows)
+def _inspect_recipe(path: Path, progress: Progress) -> Inspection:
+    recipe = read_recipe(path)
+    base, experts = open_sources(recipe, progress=progress)
+    step = progress("comparing", len(surveyed_names(base)))
+    survey = survey_experts(base, experts, on_parameter=step)
+    rank = None if recipe.modules.method in ("lora", "none") else recipe.modules.fixed_rank
+    document = {
+        "kind": "recipe",
+        "name": recipe.name,
+        "path": str(path),
+        "merge": _merge(recipe),
+        "modules_settings": recipe.modules.model_dump(mode="json", exclude_none=True),
+        "base": recipe.base,
+        **sizes(base),
+        "experts": [expert_entry(expert, survey, rank) for expert in experts],
+        "parameters": [parameter_entry(survey, parameter) for parameter in survey.parameters],
+        **comparison(survey, rank),
+    }
+    return Inspection(document, survey)
 
 
-def _rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(escape(_text(value)) for value in row.values()))
-    return table
-
-
-def _describe_bank(bank: Bank) -> dict[str, Any]:
-    layers = bank.backbone.layers
-    modules = []
+def _inspect_bank(path: Path, progress: Progress) -> Inspection:
+    step = progress("verifying", 1)
+    bank = Bank.open(path)
+    step()
+    step = progress("modules", len(bank.modules))
+    loaded, rows = [], []
+    weights = disk_bytes(bank.backbone.path.glob("*.safetensors"))
     for entry in bank.modules:
-        module = bank.load(entry)
-        modules.append(
-            {
-                "name": entry.name,
-                "description": entry.description,
-                **_coverage(module.coverage(layers)),
-                "digest": module.digest,
-            }
-        )
-    return {
+        loaded.append(bank.load(entry))
+        rows.append(_bank_module(bank, entry, loaded[-1], weights))
+        step()
+    survey = survey_modules(loaded, bank.backbone.layers)
+    document = {
         "kind": "bank",
         "name": bank.name,
         "digest": bank.digest,
         "router": bank.router_path is not None,
-        **{f"backbone_{key}": value for key, value in _backbone(bank.backbone).items()},
-        "modules": modules,
+        **{f"backbone_{key}": value for key, value in backbone_entry(bank.backbone).items()},
+        "merge": dict(bank.recipe["backbone"]) if bank.recipe else None,
+        "modules_settings": dict(bank.recipe["modules"]) if bank.recipe else None,
+        "shared": _bank_module(bank, bank.shared, bank.load(bank.shared), weights)
+        if bank.shared
+        else None,
+        "modules": rows,
+        **comparison(survey, None),
     }
+    return Inspection(document, survey)
 
 
-def _describe_backbone(backbone: Backbone) -> dict[str, Any]:
-    return {"kind": "checkpoint", **_backbone(backbone)}
+def _inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
+    step = progress("reading", 1)
+    base = Base.open(path)
+    backbone = backbone_entry(Backbone.open(path))
+    step()
+    return Inspection({"kind": "checkpoint", **backbone, **sizes(base)})
 
 
-def _backbone(backbone: Backbone) -> dict[str, Any]:
-    return {
-        "name": backbone.name,
-        "path": str(backbone.path),
-        "digest": backbone.digest,
-        "linear_layers": len(backbone.layers),
-        "bytes": sum(file.stat().st_size for file in backbone.path.glob("*.safetensors")),
-    }
-
-
-def _describe_module(path: Path) -> dict[str, Any]:
+def _inspect_module(path: Path) -> Inspection:
     """A LoRA folder without its backbone: its own shapes are all there is to check against."""
     module = Module.read(path, name=path.resolve().name)
-    shapes = {layer: delta.shape for layer, delta in module.deltas.items()}
-    rows = [
-        {"layer": layer, "shape": f"{o} x {i}", "rank": delta.rank, "effect": delta.norm()}
-        for layer, delta in module.deltas.items()
-        for o, i in [delta.shape]
-    ]
-    return {
+    shapes = Shapes(
+        linear={layer: delta.shape for layer, delta in module.deltas.items()},
+        vectors={name: vector.numel() for name, vector in module.vectors.items()},
+    )
+    for layer, delta in module.deltas.items():
+        check_layer(module.name, layer, delta, shapes)
+    for name, vector in module.vectors.items():
+        check_vector(module.name, name, vector, shapes)
+    survey = survey_modules([module], module.deltas)
+    energy = sum(float(layer.inner) for layer in survey.parameters)
+    document = {
         "kind": "LoRA",
         "name": module.name,
-        **_coverage(module.coverage(shapes)),
+        **coverage_entry(module.coverage(shapes)),
+        "bytes": disk_bytes(module_files(path)[1:]),
         "digest": module.digest,
-        "layers": rows,
+        "layers": [_lora_layer(module, layer, energy) for layer in survey.parameters],
+    }
+    return Inspection(document, survey)
+
+
+def _lora_layer(module: Module, layer: Surveyed, total: float) -> dict[str, Any]:
+    """total: the module's energy over all its layers, of which the layer has a share."""
+    return {
+        "layer": layer.name,
+        "block": block_of(layer.name),
+        "shape": list(layer.shape),
+        "rank": module.deltas[layer.name].rank,
+        "effect": module.deltas[layer.name].norm(),
+        "share": float(layer.inner) / total if total else 0.0,
+        **spread(layer.spectra.get(module.name), None),
     }
 
 
-def _coverage(coverage: Coverage) -> dict[str, Any]:
-    return {key: value for key, value in asdict(coverage).items() if key != "layers_total"}
+def _merge(recipe: Recipe) -> dict[str, Any]:
+    """The method with all its parameters."""
+    stated = recipe.backbone.model_dump(mode="json", exclude_none=True)
+    return {**stated, **recipe.backbone.parameters}
 
 
-def _text(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, tuple):
-        return " to ".join(map(str, sorted(set(value))))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _bank_module(
+    bank: Bank, entry: BankModule, module: Module, backbone_bytes: int
+) -> dict[str, Any]:
+    size = disk_bytes(module_files(entry.path)[1:])
+    error = entry.provenance.get("error")
+    return {
+        "name": entry.name,
+        "description": entry.description,
+        **coverage_entry(module.coverage(bank.backbone.shapes)),
+        "bytes": size,
+        "percent_of_backbone": 100 * size / backbone_bytes,
+        "energy_kept": None if error is None else max(0.0, 1 - error**2),
+        "provenance": entry.provenance,
+        "digest": module.digest,
+    }

@@ -53,13 +53,17 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
 }
 
 
-def make_model(name: str = "llama", *, seed: int = 0, tied: bool | None = None) -> Any:
+def make_model(
+    name: str = "llama", *, seed: int = 0, tied: bool | None = None, **sizes: int
+) -> Any:
     """A random float32 model whose greedy continuations vary.
 
     tied: whether head and embedding share one weight; None leaves it to the architecture.
+    sizes: settings of the configuration that differ.
     """
     torch.manual_seed(seed)
     config = copy.deepcopy(CONFIGS[name])
+    config.update(sizes)
     if tied is not None:
         config.tie_word_embeddings = tied
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

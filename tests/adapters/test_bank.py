@@ -216,15 +216,15 @@ def test_garbage_is_no_manifest(content: bytes, bank: Path) -> None:
     refuse(bank, MANIFEST, "damaged")
 
 
-@pytest.mark.parametrize("version", [2, 99, "1", None, 1.5, True, 0, -1])
+@pytest.mark.parametrize("version", [3, 99, "1", None, 1.5, True, 0, -1])
 def test_other_versions_are_refused(version: object, bank: Path) -> None:
     edit_manifest(bank, lambda m: m.update(version=version))
     refuse(bank, f"version {version}")
 
 
 def test_a_newer_version_asks_for_an_upgrade_whatever_else_it_holds(bank: Path) -> None:
-    edit_manifest(bank, lambda m: (m.update(version=2, future={}), m.pop("files")))
-    refuse(bank, "version 2", "upgrade mergeroute")
+    edit_manifest(bank, lambda m: (m.update(version=3, future={}), m.pop("files")))
+    refuse(bank, "version 3", "upgrade mergeroute")
 
 
 @pytest.mark.parametrize(

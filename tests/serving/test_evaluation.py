@@ -287,8 +287,10 @@ def test_data_of_other_tasks_alone_is_all_generic_and_says_so(bank: Bank, tmp_pa
     assert (report.tasks, report.mean) == ((), None)
     assert any("all count as generic" in note for note in report.notes)
     assert any("without prompts in the data: upper, digit" in note for note in report.notes)
-    plot_report(report, tmp_path / "a.svg")
+    for name in ("a.svg", "b.svg"):
+        plot_report(report, tmp_path / name)
     assert "<svg" in (tmp_path / "a.svg").read_text()
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert len(list(report.tables())) == 2
 
 
