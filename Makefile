@@ -45,7 +45,7 @@ format: $(STAMP)
 zoo: $(STAMP)
 	$(BIN)/python -m examples.zoo --out build/zoo --bank serving/demo_bank
 	cp build/zoo/data/test.jsonl examples/zoo/test.jsonl
-	cp build/zoo/table.json build/zoo/summary.json docs/zoo/
+	cp build/zoo/summary.json docs/zoo/
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.zoo

@@ -156,6 +156,8 @@ class CheckpointWriter:
         Raises:
             CheckpointError: NaN or inf, another tensor is due, or the rows are too few or too many.
         """
+        if not self._pending:
+            raise CheckpointError(f"tensor {name!r} was not announced")
         expected, shard = self._pending.pop(0)
         if name != expected:
             raise CheckpointError(f"tensor {name!r} was written where {expected!r} was due")

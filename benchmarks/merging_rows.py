@@ -62,7 +62,7 @@ UNSCALED = ("linear", "fisher", "regmean", "regmean_plus_plus")
 CALIBRATED = ("fisher", "regmean", "regmean_plus_plus")
 TWIN = {"method": "task_arithmetic", "scale": 0.2}
 MERGED = {"method": "task_arithmetic"}
-TWIN_RANKS = (1, 2, 4, 7, 8, 15, 16, 32, 64)
+TWIN_RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def rows() -> list[Row]:
@@ -93,12 +93,12 @@ def _twin_rows() -> Iterator[Row]:
         yield twin(f"Twin, rank {rank}, int8", rank=rank, dtype="int8")
     for rank in (8, 16):
         yield twin(f"Twin, rank {rank}, bfloat16", rank=rank, dtype="bfloat16")
-    for rank in (7, 15):
+    for rank in (8, 16):
         modules = {"method": "svd", "rank": rank, "dtype": "int8"}
         label = f"Twin, rank {rank}, int8, scales chosen"
         yield Row(label, "twin", "full", MERGED, modules, (0.15, 0.2, 0.3), (1.0, 1.1, 1.2))
     for percent in (5, 10):
-        budget = {"bytes": percent * 17_000, "dtype": "int8"}
+        budget = {"bytes": percent * 17_200, "dtype": "int8"}
         yield twin(f"Twin, {percent} % of the bytes, int8", **budget)
         for fit in ("weights", "outputs"):
             label = f"Twin, {percent} %, int8, rank by energy of {fit}"

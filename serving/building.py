@@ -60,10 +60,13 @@ def build_bank(
         return build(recipe, out, force=force, tools=tools)
 
 
-def summary(bank: Bank) -> Table:
+def summary(bank: Bank) -> Table | str:
     """What came out: a row per module."""
     weights = sum(file.stat().st_size for file in bank.backbone.path.glob("*.safetensors"))
-    table = Table(title=f"bank {escape(bank.name)}, backbone {weights / 1e6:,.1f} MB")
+    title = f"bank {escape(bank.name)}, backbone {weights / 1e6:,.1f} MB"
+    if not bank.modules:
+        return f"{title}, no modules"
+    table = Table(title=title)
     for column in ("module", "ranks", "MB", "% of backbone", "error", "rounding error"):
         table.add_column(column, justify="left" if column == "module" else "right")
     for module in bank.modules:

@@ -31,7 +31,10 @@ def block_of(name: str) -> int | None:
 
 
 def comparison(survey: Survey, rank: int | None) -> dict[str, Any]:
-    """Cosines over all linear layers, and cosines and energy layer by layer."""
+    """Cosines over all linear layers, and cosines and energy layer by layer.
+
+    rank: also tell how much of the energy it keeps.
+    """
     return {
         "similarity": {"names": list(survey.names), "cosine": _matrix(survey.cosine())},
         "layers": [
@@ -94,6 +97,7 @@ def sizes(base: Base) -> dict[str, Any]:
 
 
 def parameter_entry(survey: Survey, parameter: Surveyed) -> dict[str, Any]:
+    """A parameter and how far each expert that changes it went."""
     norms = parameter.inner.diagonal().clamp_min(0).sqrt().tolist()
     pairs = zip(survey.names, norms, strict=True)
     return {
@@ -106,6 +110,7 @@ def parameter_entry(survey: Survey, parameter: Surveyed) -> dict[str, Any]:
 
 
 def backbone_entry(backbone: Backbone) -> dict[str, Any]:
+    """What a backbone is called, where it is, and how large."""
     return {
         "name": backbone.name,
         "path": str(backbone.path),
@@ -116,12 +121,13 @@ def backbone_entry(backbone: Backbone) -> dict[str, Any]:
 
 
 def coverage_entry(coverage: Coverage) -> dict[str, Any]:
-    """Its size in float32 is left out: what counts here is the disk."""
+    """What a module changes. Its size in float32 is left out: what counts here is the disk."""
     left_out = ("layers_total", "nbytes")
     return {key: value for key, value in asdict(coverage).items() if key not in left_out}
 
 
 def expert_entry(expert: Expert, survey: Survey, rank: int | None) -> dict[str, Any]:
+    """What an expert changes, and how far it went; ranks are means over its linear layers."""
     spectra = [p.spectra[expert.name] for p in survey.linear if expert.name in p.spectra]
     kinds = {p.name: str(p.kind) for p in survey.parameters}
     return {
@@ -157,6 +163,7 @@ def _stored_bytes(checkpoint: Checkpoint) -> int:
 
 
 def disk_bytes(files: Iterable[Path]) -> int:
+    """Size of files on disk."""
     return sum(file.stat().st_size for file in files)
 
 

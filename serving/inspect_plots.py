@@ -44,8 +44,8 @@ def plot(inspection: Inspection, folder: Path) -> list[Path]:
     survey = inspection.survey
     if survey is None or not survey.linear:
         raise InspectError(
-            f"--plot shows changes of linear layers, this {inspection.document['kind']} has none: name "
-            "a recipe, a bank or a LoRA folder that has"
+            f"--plot draws changes of linear layers, this {inspection.document['kind']} has none: "
+            "name a recipe, a bank or a LoRA folder that has"
         )
     figures = {ENERGY_FILE: draw_energy(survey)}
     if len(survey.names) > 1:

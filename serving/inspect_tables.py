@@ -23,7 +23,7 @@ def tables(document: dict[str, Any]) -> Iterator[Table]:
     """What was found as tables: single values first, then one table per list."""
     single = Table(title=document["kind"], show_header=False)
     for key, value in document.items():
-        if key not in _SPECIAL:
+        if key not in _SPECIAL and value not in (None, {}):
             single.add_row(key.replace("_", " "), escape(_text(value)))
     yield single
     if kinds := document.get("kinds"):
@@ -68,7 +68,6 @@ def _expert_columns(document: dict[str, Any]) -> Columns:
         kind["kind"]: sum(p["kind"] == kind["kind"] for p in document["parameters"])
         for kind in document["kinds"]
     }
-    rank = document["modules_settings"].get("rank")
     return {
         "expert": lambda row: row["name"],
         "kind": lambda row: row["kind"],
@@ -78,7 +77,7 @@ def _expert_columns(document: dict[str, Any]) -> Columns:
         **{f"relative norm, {kind}": _norm_of(kind) for kind in totals},
         "rank for 90 %": lambda row: _number(row["rank_90"], 1),
         "for 99 %": lambda row: _number(row["rank_99"], 1),
-        f"energy at rank {rank or 16}": lambda row: _percent(row["kept"]),
+        f"energy at rank {document['rank']}": lambda row: _percent(row["kept"]),
     }
 
 

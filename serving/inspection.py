@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..adapters.lora import CONFIG_FILE, Module
 from ..adapters.manifest import MANIFEST
 from ..adapters.module_check import check_layer, check_vector
 from ..adapters.module_files import module_files
-from ..adapters.recipe import Recipe, read_recipe
+from ..adapters.recipe import ModuleSettings, Recipe, read_recipe
 from ..adapters.shapes import Shapes
 from ..adapters.survey import Survey, Surveyed, survey_experts, survey_modules, surveyed_names
 from .inspect_entries import (
@@ -57,7 +58,9 @@ def inspect_path(
         return _inspect_recipe(path, progress)
     if not path.is_dir():
         raise InspectError(
-            f"{path} is no folder and no recipe (*.yaml)" if path.exists() else f"{path} is missing"
+            f"{path} is neither a folder nor a recipe (*.yaml)"
+            if path.exists()
+            else f"there is no {path}"
         )
     if (path / MANIFEST).is_file():
         return _inspect_bank(path, progress)
@@ -81,7 +84,8 @@ def _inspect_recipe(path: Path, progress: Progress) -> Inspection:
         "name": recipe.name,
         "path": str(path),
         "merge": _merge(recipe),
-        "modules_settings": recipe.modules.model_dump(mode="json", exclude_none=True),
+        "modules_settings": _settings(recipe.modules.model_dump(mode="json", exclude_none=True)),
+        "rank": rank,
         "base": recipe.base,
         **sizes(base),
         "experts": [expert_entry(expert, survey, rank) for expert in experts],
@@ -103,17 +107,16 @@ def _inspect_bank(path: Path, progress: Progress) -> Inspection:
         rows.append(_bank_module(bank, entry, loaded[-1], weights))
         step()
     survey = survey_modules(loaded, bank.backbone.layers)
+    shared, recipe = bank.shared, bank.recipe or {}
     document = {
         "kind": "bank",
         "name": bank.name,
         "digest": bank.digest,
         "router": bank.router_path is not None,
         **{f"backbone_{key}": value for key, value in backbone_entry(bank.backbone).items()},
-        "merge": dict(bank.recipe["backbone"]) if bank.recipe else None,
-        "modules_settings": dict(bank.recipe["modules"]) if bank.recipe else None,
-        "shared": _bank_module(bank, bank.shared, bank.load(bank.shared), weights)
-        if bank.shared
-        else None,
+        "merge": recipe.get("backbone"),
+        "modules_settings": _settings(recipe.get("modules", {})),
+        "shared": shared and _bank_module(bank, shared, bank.load(shared), weights),
         "modules": rows,
         **comparison(survey, None),
     }
@@ -169,6 +172,13 @@ def _merge(recipe: Recipe) -> dict[str, Any]:
     """The method with all its parameters."""
     stated = recipe.backbone.model_dump(mode="json", exclude_none=True)
     return {**stated, **recipe.backbone.parameters}
+
+
+def _settings(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Method and dtype of the modules, and whatever is not as usual."""
+    usual = {key: field.default for key, field in ModuleSettings.model_fields.items()}
+    always = ("method", "dtype")
+    return {k: value for k, value in stated.items() if k in always or value != usual.get(k)}
 
 
 def _bank_module(

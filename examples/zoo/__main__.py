@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import plan, table
+from . import plan
 from .bank import write_demo_bank
 from .data import ROUTER_PROMPTS, write_data
 from .summary import Score, score, show_summary, write_summary
@@ -21,7 +21,7 @@ COLUMNS = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(
 
 
 def main() -> None:
-    """Train the zoo, measure it, print the tables."""
+    """Train the zoo, measure it, print the table."""
     arguments = parse_arguments()
     out: Path = arguments.out
     chosen = plan.QUICK if arguments.quick else plan.FULL
@@ -34,10 +34,8 @@ def main() -> None:
             run(pool, "LoRA experts and fine-tunes", plan.training_jobs(out, chosen), progress)
             assemble(out, arguments.bank or out / "bank", progress)
             scores = run(pool, "accuracy", score_jobs(out, chosen), progress)
-            results = run(pool, "comparison table", table_jobs(out, chosen), progress)
     write_summary(scores, out)
     show_summary(scores, console)
-    table.show(table.summarise(results, out), console)
 
 
 def assemble(out: Path, bank: Path, progress: Progress) -> None:
@@ -78,13 +76,6 @@ def score_jobs(out: Path, chosen: plan.Plan) -> list[Callable[[], Score]]:
             jobs.append(partial(score, "lora", task.name, out, share=chosen.prompt_share))
             jobs.append(partial(score, "full", task.name, out, share=chosen.prompt_share))
     return jobs
-
-
-def table_jobs(out: Path, chosen: plan.Plan) -> list[Callable[[], table.Result]]:
-    """List the measurements of the table's rows."""
-    prompts = max(2, int(chosen.prompt_share * table.PROMPTS_PER_TASK))
-    rows = [row for row in table.rows() if row.method in chosen.methods]
-    return [partial(table.measure, row, out, prompts) for row in rows]
 
 
 if __name__ == "__main__":

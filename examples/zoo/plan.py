@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .merges import MERGES
 from .tasks import load_tasks, target_tasks
 from .train import Schedule, train_full, train_lora
 
@@ -21,7 +20,6 @@ class Plan:
     """The schedules of one run. Tasks that are not named in a table take its default.
 
     prompt_share: of the usual number of test prompts, in (0, 1].
-    methods: those which the comparison table shows.
     """
 
     base: Schedule
@@ -30,7 +28,6 @@ class Plan:
     full: dict[str, Schedule] = field(default_factory=dict)
     lora: dict[str, Schedule] = field(default_factory=dict)
     prompt_share: float = 1.0
-    methods: tuple[str, ...] = ("base", *MERGES, "twin", "routed")
 
 
 FULL = Plan(
@@ -48,7 +45,6 @@ QUICK = Plan(
     full_default=Schedule(1, 5e-4),
     lora_default=Schedule(1, 5e-3),
     prompt_share=0.01,
-    methods=("base", "weight average", "routed"),
 )
 
 

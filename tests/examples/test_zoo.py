@@ -1,4 +1,4 @@
-"""The zoo in miniature: a few steps of training, but every file, table and the bank."""
+"""The zoo in miniature: a few steps of training, but every file and the bank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergeroute.adapters.bank import Bank
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_quick_zoo_makes_a_bank_and_its_tables(tmp_path: Path) -> None:
+def test_the_quick_zoo_makes_a_bank_and_its_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.zoo", "--quick", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
     bank = Bank.open(tmp_path / "bank")
@@ -20,8 +20,8 @@ def test_the_quick_zoo_makes_a_bank_and_its_tables(tmp_path: Path) -> None:
     for entry in bank.modules:
         coverage = bank.load(entry).coverage(bank.backbone.layers)
         assert coverage.layers_matched == coverage.layers_total == 28
-    methods = {row["method"] for row in json.loads((tmp_path / "table.json").read_text())}
-    assert methods == {"base", "weight average", "routed"}
+    sources = {score["source"] for score in json.loads((tmp_path / "summary.json").read_text())}
+    assert sources == {"base", "lora", "full"}
     committed = (ROOT / "examples" / "zoo" / "test.jsonl").read_text("utf-8")
     assert (tmp_path / "data" / "test.jsonl").read_text("utf-8") == committed
 
