@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -82,6 +85,7 @@ def build(
     """
     with new_bank(out, force=force) as folder:
         base, experts = open_sources(recipe, progress=tools.progress)
+        source_digests = _beside(partial(_source_digests, base, experts))
         calibrated = _calibrated(recipe, base, experts, tools)
         merger = Merger(base, experts, recipe, calibrated.statistics, tools.device)
         check_shared(recipe, merger)
@@ -103,7 +107,7 @@ def build(
             backbone=backbone,
             modules=modules,
             recipe=recipe.model_dump(mode="json", exclude_none=True),
-            sources=_source_digests(base, experts),
+            sources=source_digests(),
         )
     return Bank.open(out, verify=False)
 
@@ -270,6 +274,22 @@ def _save_shared(folder: Path, deltas: Mapping[str, LowRank]) -> None:
     if not kept:
         raise RecipeError("shared: module would change nothing: the merged change is zero")
     Module("shared", kept).save(folder / "shared", dtype=torch.float32)
+
+
+def _beside(work: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
+    """Begin some work that leaves the interpreter to others, as hashing does; what is returned
+    waits for its result. It ends with the process, should nobody wait.
+    """
+    future: Future[dict[str, str]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # whatever it is, who waits must hear of it
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result
 
 
 def _source_digests(base: Base, experts: Sequence[Expert]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backbone import local_folder, locate
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, all_finite
 from .delta import LowRank
 from .errors import BackboneError, CheckpointError, ModuleError
 from .kinds import Kind, Parameter, classify, empty_model
@@ -112,7 +112,7 @@ class FullExpert:
     def delta_rows(self, parameter: str, start: int, stop: int, base: Tensor) -> Tensor:
         """The expert's rows minus the base's."""
         rows = self.checkpoint.read_rows(parameter, start, stop).to(base.device, torch.float32)
-        if not rows.isfinite().all():
+        if not all_finite(rows):
             raise CheckpointError(
                 f"expert {self.name!r} holds NaN or inf in {parameter!r}: its training diverged"
             )
@@ -198,7 +198,8 @@ def _check_tied(owner: str, checkpoint: Checkpoint, shapes: Shapes) -> None:
     embedding = f"{shapes.tied[0]}.weight" if shapes.tied else None
     if copy not in checkpoint.tensors or embedding not in checkpoint.tensors:
         return
-    assert copy and embedding
+    assert copy is not None
+    assert embedding is not None
     info = checkpoint.tensors[embedding]
     rows = rows_per_block(info.columns)
     for start in range(0, info.rows, rows):

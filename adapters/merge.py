@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import checkpoint_writer
+from .checkpoint import all_finite
+from .checkpoint_writer import checkpoint_writer
 from .delta import LowRank
 from .errors import CheckpointError
 from .experts import Base, Expert, LoraExpert
@@ -156,7 +157,7 @@ class Merger:
             CheckpointError: NaN or inf.
         """
         rows = self.base.checkpoint.read_rows(name, start, stop)
-        if rows.is_floating_point() and not rows.isfinite().all():
+        if rows.is_floating_point() and not all_finite(rows):
             raise CheckpointError(
                 f"the base {self.base.path} holds NaN or inf in {name!r}: fetch it again"
             )

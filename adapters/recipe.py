@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -51,6 +52,14 @@ _STANDS_ON = {"emr": ("emr",), "tall": ("task_arithmetic",)}
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: object) -> object:
+        """Pydantic would take true for the number 1, and YAML reads yes and on as true."""
+        if isinstance(value, bool):
+            raise ValueError("true or false (in YAML also yes, no, on, off) means nothing here")
+        return value
 
 
 class ExpertEntry(_Strict):
@@ -323,12 +332,18 @@ def resolved(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+
+
 def _explained(error: ValidationError) -> str:
-    """The first complaint, with its key and what is allowed there."""
-    first = error.errors()[0]
+    """The first complaint, with its key and what is allowed there; a key that is unknown says more
+    than the one that is missing for it.
+    """
+    found = error.errors()
+    first = next((e for e in found if e["type"] in _UNKNOWN), found[0])
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["type"] in _UNKNOWN:
         return f"{key} is unknown; {_allowed(first['loc'][:-1])}"
     if first["type"] == "missing":
         return f"{key} is missing"

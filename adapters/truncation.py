@@ -106,9 +106,10 @@ def _randomised(dense: Tensor, rank: int) -> LowRank:
 def _root(moment: Tensor) -> Tensor:
     """The Cholesky factor of a moment, raised a little so that no direction counts nothing."""
     moment = moment.double()
-    ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    raised = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    root: Tensor = torch.linalg.cholesky(raised)
+    mean = moment.diagonal().mean()
+    scale = mean if mean > 0 else torch.ones_like(mean)  # no inputs at all: any is as likely
+    ridge = _RIDGE * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    root: Tensor = scale.sqrt() * torch.linalg.cholesky(moment / scale + ridge)
     return root
 
 

@@ -20,6 +20,9 @@ from .ranks import fixed_rank, spend
 from .recipe import KindSettings, ModuleSettings
 from .truncation import distance, on, spectrum, truncated
 
+_ROUNDING = 2e-7
+"""What is left between two equal changes in float32, as a share of them: nothing of its own."""
+
 Change = Tensor | LowRank
 """A delta of a matrix, [o, i], dense or in factors."""
 
@@ -111,12 +114,16 @@ def matrices(expert: Expert, source: Source, kinds: KindSettings) -> list[Parame
         Kind.EMBEDDING: kinds.embedding == "svd",
         Kind.HEAD: kinds.head == "svd",
     }
-    shared = source.shared
+
+    def may_differ(name: str, parameter: Parameter) -> bool:
+        if source.shared is None or parameter.kind is not Kind.LINEAR:
+            return True
+        return parameter.layer in source.shared or expert.changes(name)
+
     return [
         parameter
         for name, parameter in source.base.parameters.items()
-        if is_kept.get(parameter.kind, False)
-        and (shared is None or parameter.layer in shared or expert.changes(name))
+        if is_kept.get(parameter.kind, False) and may_differ(name, parameter)
     ]
 
 
@@ -156,7 +163,9 @@ class _Reader:
         assert isinstance(self.expert, LoraExpert)
         own, common = self.expert.factors(parameter.name), shared.get(parameter.layer)
         minus = common.scaled(-1) if common is not None else None
-        return concat([part for part in (own, minus) if part is not None])
+        parts = [part for part in (own, minus) if part is not None]
+        whole = concat(parts)
+        return whole if whole.norm() > _ROUNDING * parts[0].norm() else whole.scaled(0)
 
     def compressed(self, parameter: Parameter, exclusive: Change) -> Change:
         """What the compressor keeps of it."""
@@ -206,8 +215,10 @@ class _Reader:
         before = base.read_rows(name, 0, rows).to(self.source.device, torch.float32)
         change = self.expert.delta_rows(name, 0, rows, before)
         if against is not base:
+            after = against.read_rows(name, 0, rows).to(change)
             change += before
-            change -= against.read_rows(name, 0, rows).to(change)
+            change -= after
+            change *= change.norm() > _ROUNDING * after.norm()
         return change.T if parameter.is_transposed else change
 
 

@@ -2,7 +2,8 @@
 
 TIES and task arithmetic over eight random experts of Qwen2.5-0.5B's shape (494 M parameters,
 bfloat16), by `mergeroute build` and by `mergekit-yaml`, each a process of its own with the same
-number of threads, all in turn in one run, the inputs in the page cache. mergekit runs with
+number of threads, all in turn in one run, the inputs read into the page cache before each. Ours
+hashes its inputs on a thread beside, which mergekit does not do at all. mergekit runs with
 `dtype: float32`, the arithmetic that mergeroute always uses, and with `dtype: bfloat16`, which
 takes less memory but rounds every intermediate result. What both write is compared.
 """
@@ -13,7 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,16 +144,22 @@ class Bench:
         recipe.write_text(yaml.safe_dump(document))
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         env = {**threads, "HF_HUB_OFFLINE": "1"}
+        self.models.warm()
         return run(command, log=self.scratch / "log.txt", env=env)
 
-    def measure_all(self, repeats: int) -> tuple[Usages, dict[str, Agreement]]:
+    def measure_all(
+        self, methods: Sequence[Method], *, repeats: int
+    ) -> tuple[Usages, dict[str, Agreement]]:
         """Every method, repeat and tool in turn; the last outputs of each method are compared."""
-        usages: Usages = {m.name: {tool: [] for tool in self.tools} for m in METHODS}
+        usages: Usages = {m.name: {tool: [] for tool in self.tools} for m in methods}
         agreements = {}
-        rounds = [(method, last == repeats - 1) for method in METHODS for last in range(repeats)]
-        for method, last in track(rounds, "measuring", console=Console(stderr=True)):
+        rounds = [(method, last == repeats - 1) for method in methods for last in range(repeats)]
+        console = Console(stderr=True)
+        for method, last in track(rounds, "measuring", console=console):
             for tool in self.tools:
-                usages[method.name][tool].append(self.measure(method, tool))
+                usage = self.measure(method, tool)
+                usages[method.name][tool].append(usage)
+                console.print(f"{method.name}, {tool}: {usage}", highlight=False)
             if last and self.mergekit:
                 ours, theirs = self.weights(OURS), self.weights(SAME)
                 agreements[method.name] = compare(
@@ -161,13 +168,15 @@ class Bench:
         return usages, agreements
 
 
-def usage_table(usages: Usages, nbytes: int) -> Table:
+def usage_table(usages: Usages, nbytes: int, *, title: str) -> Table:
     """Medians by method and tool; memory also in sizes of a checkpoint."""
-    table = Table("method", "tool", "wall s", "CPU s", "peak resident", "peak anonymous")
+    table = Table(title=title)
+    for column in ("method", "tool", "wall s", "CPU s", "resident", "anonymous"):
+        table.add_column(column, no_wrap=True)
     for method, tools in usages.items():
         for tool, taken in tools.items():
             seconds = [f"{middle(taken, key):.1f}" for key in ("wall_s", "cpu_s")]
-            memory = [megabytes(middle(taken, key), nbytes) for key in ("resident", "anonymous")]
+            memory = [gigabytes(middle(taken, key), nbytes) for key in ("resident", "anonymous")]
             table.add_row(method, tool, *seconds, *memory)
     return table
 
@@ -189,12 +198,12 @@ def verdicts(usages: Usages, nbytes: int) -> dict[str, bool]:
 
 def middle(usages: list[Usage], key: str) -> float:
     """The median of one figure."""
-    return median(getattr(usage, key) for usage in usages)
+    return float(median(getattr(usage, key) for usage in usages))
 
 
-def megabytes(size: float, nbytes: int) -> str:
-    """A size, and its ratio to a checkpoint's."""
-    return f"{size / 1e6:,.0f} MB ({size / nbytes:.2f})"
+def gigabytes(size: float, nbytes: int) -> str:
+    """A size, and in brackets its ratio to a checkpoint's."""
+    return f"{size / 1e9:.2f} ({size / nbytes:.2f})"
 
 
 @contextmanager
@@ -219,6 +228,7 @@ def main(
     experts: Annotated[int, typer.Option(min=1, help="Experts that are merged.")] = 8,
     layers: Annotated[int, typer.Option(min=1, help="Layers; 24 is the full size.")] = 24,
     vocabulary: Annotated[int, typer.Option(min=1, help="Rows of the embedding.")] = 151936,
+    only: Annotated[str, typer.Option("--method", help="ties, task_arithmetic or all.")] = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of every row.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of both.")] = 1,
     keep: Annotated[Path | None, typer.Option(help="Folder of models to keep or reuse.")] = None,
@@ -227,22 +237,27 @@ def main(
 ) -> None:
     """Measure `mergeroute build` beside mergekit."""
     torch.set_num_threads(threads)
+    methods = [method for method in METHODS if only in (method.name, "all")]
+    if not methods:
+        raise typer.BadParameter(f"{only!r} is not measured", param_hint="--method")
     shape, console, rival = Shape(layers, vocabulary), Console(), find_mergekit(mergekit)
     with folder_of(keep) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         models = Checkpoints(folder, shape, experts)
         models.make()
         bench = Bench(models, Path(scratch), rival, threads)
-        usages, agreements = bench.measure_all(repeats)
+        usages, agreements = bench.measure_all(methods, repeats=repeats)
     met, machine = verdicts(usages, shape.nbytes), describe_machine()
-    title = f"{experts} experts of {shape.nbytes / 1e6:,.0f} MB, {threads} threads"
-    console.print(f"{title}; memory in brackets: in checkpoints", usage_table(usages, shape.nbytes))
+    title = f"{experts} experts of {shape.nbytes / 1e6:,.0f} MB, {threads} thread(s)"
+    console.print(
+        usage_table(usages, shape.nbytes, title=f"{title}; peak memory in GB (checkpoints)")
+    )
     for bar, is_met in met.items():
         console.print(f"{'met   ' if is_met else 'missed'}  {bar}")
     for method, agreement in agreements.items():
         console.print(f"{method}: {agreement}")
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if not rival:
-        console.print(INSTALL)
+        console.print(INSTALL, markup=False)
     if json_file:
         taken = {
             method: {tool: [asdict(usage) for usage in runs] for tool, runs in tools.items()}

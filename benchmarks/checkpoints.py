@@ -72,7 +72,7 @@ class Checkpoints:
         return self.folder / f"expert-{index}"
 
     def make(self) -> None:
-        """Write the folders that are not there yet, and read all, so that their pages are cached.
+        """Write the folders that are not there yet.
 
         Raises:
             OSError: less space than the checkpoints and two outputs need.
@@ -86,8 +86,12 @@ class Checkpoints:
         for seed, folder in enumerate(track(folders, "models", console=Console(stderr=True))):
             if not (folder / WEIGHTS).exists():
                 self._write(folder, seed=seed)
-            with (folder / WEIGHTS).open("rb") as file:
-                while file.read(1 << 24):
+
+    def warm(self) -> None:
+        """Read everything, so that it is in the page cache."""
+        for file in self.folder.glob(f"*/{WEIGHTS}"):
+            with file.open("rb", buffering=0) as raw:
+                while raw.read(1 << 24):
                     pass
 
     def _write(self, folder: Path, *, seed: int) -> None:

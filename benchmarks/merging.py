@@ -217,6 +217,20 @@ def show(entries: Sequence[Mapping[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The table as docs/merging.md shows it."""
+    lines = [
+        "| what | experts | normalised | bytes a module, % | scales |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in entries:
+        size = f"{entry['module_percent']:.1f}" if entry["module_bytes"] else ""
+        scales = " · ".join(f"{s:g}" for s in entry["scales"])
+        score = f"{entry['normalised']:.1f}"
+        lines.append(f"| {entry['label']} | {entry['experts']} | {score} | {size} | {scales} |")
+    return "\n".join(lines) + "\n"
+
+
 def write_calibration(zoo: Path, per_task: int = 50) -> None:
     """Training prompts with answers, for the methods that look at data."""
     lines = [
@@ -235,6 +249,7 @@ def main() -> None:
     parser.add_argument("--only", help="rows whose label or group contains this")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--markdown", type=Path, help="also write the table there")
     parser.add_argument("--plot", type=Path, help="also draw score against bytes there, PNG")
     arguments = parser.parse_args()
     quieten()
@@ -252,6 +267,8 @@ def main() -> None:
     if arguments.json:
         document = {"machine": describe_machine(), "prompts": arguments.prompts, "rows": entries}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(entries), "utf-8")
     if arguments.plot:
         plot(entries, arguments.plot)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 Experts = Literal["full", "lora"]
 Group = Literal["reference", "static", "twin", "lego", "compressor"]
 
-SCALES = (0.1, 0.2, 0.3, 0.5, 1.0)
+SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _twin_rows() -> Iterator[Row]:
         yield twin(f"Twin, {percent} %, int8, closest outputs", **budget, fit="outputs")
     for rank in (4, 8, 16):
         yield twin(f"Twin, rank {rank}, bfloat16", "lora", rank=rank, dtype="bfloat16")
-    yield twin("Twin, rank 8, int8", "lora", rank=8, dtype="int8")
+    for rank in (8, 16):
+        yield twin(f"Twin, rank {rank}, int8", "lora", rank=rank, dtype="int8")
     own = {"method": "lora", "dtype": "bfloat16"}
     yield Row("LoRAs as they are, routed", "twin", "lora", {"method": "none"}, own)
 

@@ -30,6 +30,10 @@ class Usage:
     resident: int
     anonymous: int
 
+    def __str__(self) -> str:
+        memory = f"{self.resident / 1e9:.2f} GB resident, {self.anonymous / 1e9:.2f} GB anonymous"
+        return f"{self.wall_s:.1f} s, {self.cpu_s:.1f} s of CPU, {memory}"
+
 
 def run(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str]) -> Usage:
     """Run a command to its end and watch it.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +37,13 @@ class SignalSettings(_Strict):
     pooling: Literal["mean", "last"] = Field("mean", description="over the prompt's tokens")
 
 
-class PrototypeSettings(_Strict):
+class _Renaming(_Strict):
+    renamed: dict[str, str] | None = Field(
+        None, description="where modules have gone since, by the name the scorer knows"
+    )
+
+
+class PrototypeSettings(_Renaming):
     """A fitted prototype router."""
 
     scorer: Literal["prototype"] = "prototype"
@@ -44,8 +51,14 @@ class PrototypeSettings(_Strict):
     signal: SignalSettings = Field(default_factory=SignalSettings, description="what is read")
     policy: str = Field(DEFAULT_POLICY, description="steps joined by |")
 
+    @model_validator(mode="after")
+    def _check_renamed(self) -> Self:
+        if unknown := set(self.renamed or ()) - set(self.modules):
+            raise ValueError(f"renamed speaks of {min(unknown)!r}, which is none of modules")
+        return self
 
-class FixedSettings(_Strict):
+
+class FixedSettings(_Renaming):
     """The same blend for every prompt."""
 
     scorer: Literal["fixed"] = "fixed"
@@ -78,17 +91,53 @@ def load_router(folder: Path, *, encode: Encode) -> Router:
     settings = _read(folder)
     policy = "quantise" if isinstance(settings, FixedSettings) else settings.policy
     signal, scorer = _parts(folder, settings, encode)
-    return Router(signal, scorer, Policy.parse(policy), digest=_digest(folder))
+    return Router(
+        signal, scorer, Policy.parse(policy), digest=_digest(folder), renamed=settings.renamed or {}
+    )
 
 
 def modules_of(folder: Path) -> tuple[str, ...]:
-    """The modules a router on disk may name.
+    """The modules a router on disk may name, by their new names where they were renamed.
 
     Raises:
         RouterError: as `load_router`.
     """
     settings = _read(folder)
+    renamed = settings.renamed or {}
+    return tuple(dict.fromkeys(renamed.get(name, name) for name in _known(settings)))
+
+
+def rename_modules(folder: Path, names: Mapping[str, str]) -> None:
+    """Tell a router on disk where modules have gone. It is not fitted again: it decides as before,
+    and what it gave to the old names goes to the new ones.
+
+    names: old to new; modules that are not named keep theirs. Several may get one name.
+
+    Raises:
+        RouterError: as `load_router`; or a fixed blend would give one module a weight beyond 8.
+    """
+    settings = _read(folder)
+    before = settings.renamed or {}
+    moved = {name: before.get(name, name) for name in _known(settings)}
+    after = {name: names.get(now, now) for name, now in moved.items()}
+    if isinstance(settings, FixedSettings):
+        _check_sum(_blend(settings), after)
+    renamed = {name: now for name, now in after.items() if now != name}
+    _write(folder, settings.model_copy(update={"renamed": renamed or None}))
+
+
+def _known(settings: PrototypeSettings | FixedSettings) -> tuple[str, ...]:
+    """The modules as the scorer knows them."""
     return tuple(_blend(settings)) if isinstance(settings, FixedSettings) else settings.modules
+
+
+def _check_sum(blend: Blend, names: Mapping[str, str]) -> None:
+    try:
+        blend.renamed(names)
+    except BlendError as error:
+        raise RouterError(
+            f"the fixed router's weights add up beyond what a module may have: {error}"
+        ) from error
 
 
 def _parts(
@@ -121,7 +170,7 @@ def _read(folder: Path) -> PrototypeSettings | FixedSettings:
 
 
 def _write(folder: Path, settings: BaseModel) -> None:
-    text = json.dumps(settings.model_dump(mode="json"), indent=2)
+    text = json.dumps(settings.model_dump(mode="json", exclude_none=True), indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n")
 
 

@@ -91,7 +91,9 @@ def calibrator(recipe: Recipe, device: torch.device, stage: Progress) -> Calibra
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Progress]:
     """A bar per stage, on a terminal."""
-    with bars.Progress(*_COLUMNS, bars.TimeElapsedColumn(), console=console) as progress:
+    columns = (*_COLUMNS, bars.TimeElapsedColumn())
+    is_hidden = not console.is_terminal
+    with bars.Progress(*columns, console=console, disable=is_hidden) as progress:
 
         def stage(name: str, total: int) -> Callable[[], None]:
             bar = progress.add_task(name, total=total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -51,6 +51,54 @@ def export(
 
     export_module(bank, module, out, dtype=dtype or "bfloat16")
     console.print(f"{escape(str(out))}: module {escape(module)} as a PEFT LoRA folder")
+
+
+@bank_commands.command()
+def fold(
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="Bank folder.")],
+    out: Annotated[Path, typer.Option(metavar="BANK2", help="Where the new bank goes.")],
+    to: Annotated[
+        int | None, typer.Option(metavar="N", help="Merge modules that are alike: N are left.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--bytes", metavar="SIZE", help="Keep all modules, smaller: 2MB in all."),
+    ] = None,
+    method: Annotated[
+        Literal["svd", "lego"], typer.Option(help="How deltas are merged or shrunk.")
+    ] = "svd",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The new bank's; default: BANK's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bank that is there.")] = False,
+) -> None:
+    """Make a bank with fewer modules, or smaller ones; its router keeps working."""
+    from ..adapters.fold import FoldSettings
+    from .folding import fold_bank, summary
+
+    if (to is None) == (size is None):
+        raise UsageError(
+            "give either --to, a number of modules, or --bytes, a size for all of them"
+        )
+    settings = FoldSettings(
+        to=to,
+        nbytes=None if size is None else _size(size),
+        method=method,
+        name=name,
+        force=force,
+    )
+    folded = fold_bank(bank, out, settings, console=console)
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    Console(emoji=False, width=width).print(summary(folded))
+
+
+def _size(text: str) -> int:
+    from ..adapters.recipe import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--bytes: {error}") from error
 
 
 @bank_commands.command("eval")

@@ -104,8 +104,7 @@ def draw_similarity(survey: Survey, *, word: str = "expert") -> Any:  # noqa: AN
     side = max(4.0, (0.6 if count <= _MOST_NUMBERS else 0.28) * count + 1.5)
     figure = Figure(figsize=(side + 1.3, side), layout="constrained")
     axes = figure.subplots()
-    colours = colormaps[_COSINE_COLOURS].copy()
-    colours.set_bad("#BBBBBB")
+    colours = colormaps[_COSINE_COLOURS].with_extremes(bad="#BBBBBB")
     image = axes.imshow(cosine.numpy(), cmap=colours, vmin=-limit, vmax=limit)
     small = 9 if count <= _MOST_NUMBERS else 8
     axes.set_xticks(range(count), survey.names, rotation=90, fontsize=small)
@@ -167,5 +166,5 @@ def _write_numbers(axes: Any, cosine: Sequence[Sequence[float]], limit: float) -
     for i, row in enumerate(cosine):
         for j, value in enumerate(row):
             colour = "white" if abs(value) > 0.6 * limit else "black"
-            text = "" if math.isnan(value) else f"{value:.2f}"
+            text = "" if math.isnan(value) else f"{value:z.2f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)

@@ -59,7 +59,7 @@ def _cosines(names: Sequence[str], cosine: Sequence[Sequence[float | None]]) -> 
     for name in names:
         table.add_column(escape(name), justify="right")
     for name, row in zip(names, cosine, strict=True):
-        table.add_row(escape(name), *("-" if c is None else f"{c:.2f}" for c in row))
+        table.add_row(escape(name), *("-" if c is None else f"{c:z.2f}" for c in row))
     return table
 
 
@@ -139,7 +139,7 @@ def _kept(spectra: Iterable[Row]) -> str | None:
 def _mean_cosine(cosine: Sequence[Sequence[float | None]]) -> str | None:
     """Over all pairs of two that change the layer."""
     pairs = [c for k, row in enumerate(cosine) for c in row[:k] if c is not None]
-    return f"{sum(pairs) / len(pairs):.2f}" if pairs else None
+    return f"{sum(pairs) / len(pairs):z.2f}" if pairs else None
 
 
 def _spread(ranks: Sequence[int]) -> str | None:

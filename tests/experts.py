@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergeroute.adapters.bank import Bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.lora import Module
 from mergeroute.adapters.recipe import Recipe
+from mergeroute.runtime.loading import load_model
 from mergeroute.runtime.merging import merge_into
 
 from .tiny import make_model, make_module, make_tokenizer
@@ -84,6 +86,24 @@ def weights_of(model: Any) -> dict[str, Tensor]:
 
 def wide_model(name: str) -> Any:
     """A model with matrices of more than one block of rows, whatever their orientation."""
-    sizes = {"gpt2": {"n_inner": 4200, "vocab_size": 4500, "n_layer": 2}}
-    other = {"intermediate_size": 4200, "vocab_size": 4500, "num_hidden_layers": 2}
+    sizes: dict[str, dict[str, Any]] = {"gpt2": {"n_inner": 4200, "vocab_size": 4500, "n_layer": 2}}
+    other: dict[str, Any] = {"intermediate_size": 4200, "vocab_size": 4500, "num_hidden_layers": 2}
     return make_model(name, **sizes.get(name, other))
+
+
+EVERYTHING = {
+    "modules": {"rank": 4096, "dtype": "float32"},
+    "kinds": {"embedding": "svd", "head": "svd", "norm": "exact", "bias": "exact"},
+}
+"""Keys of a recipe that keeps all that is exclusive to an expert."""
+
+
+def blended(bank: Bank, blend: Blend) -> dict[str, Tensor]:
+    """The weights that a bank stands for at a blend, its shared module among it."""
+    model = load_model(bank.backbone.path, device=torch.device("cpu"), dtype=torch.float32)
+    modules = {entry.name: bank.load(entry) for entry in bank.modules}
+    if bank.shared is not None:
+        modules["shared"] = bank.load(bank.shared)
+        blend = Blend({**blend, "shared": 1.0})
+    merge_into(model, modules, blend)
+    return weights_of(model)

@@ -54,7 +54,7 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
 
 
 def make_model(
-    name: str = "llama", *, seed: int = 0, tied: bool | None = None, **sizes: int
+    name: str = "llama", *, seed: int = 0, tied: bool | None = None, **sizes: Any
 ) -> Any:
     """A random float32 model whose greedy continuations vary.
 

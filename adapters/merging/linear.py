@@ -76,4 +76,3 @@ def fisher_merge(
 
 def _weighted(deltas: Sequence[LowRank], factors: Sequence[float]) -> LowRank:
     return concat([delta.scaled(factor) for delta, factor in zip(deltas, factors, strict=True)])
-

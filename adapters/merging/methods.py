@@ -106,6 +106,9 @@ def validated_parameters(name: str, stated: Mapping[str, Any]) -> dict[str, Any]
         RecipeError: the method or a parameter is unknown, or a value is out of range.
     """
     model = _parameter_model(name)
+    for key, value in stated.items():
+        if isinstance(value, bool) and key in model.model_fields and not _is_flag(model, key):
+            raise RecipeError(f"method {name}: {key} is {value}, a number or a name is needed")
     try:
         return dict(model.model_validate(dict(stated)))
     except ValidationError as error:
@@ -118,6 +121,7 @@ def validated_parameters(name: str, stated: Mapping[str, Any]) -> dict[str, Any]
             ) from error
         raise RecipeError(
             f"method {name}: {key}: {first['msg'].removeprefix('Value error, ')}"
+            f" (it is {first['input']!r})"
         ) from error
 
 
@@ -133,6 +137,10 @@ def _parameter_model(name: str) -> type[BaseModel]:
     return create_model(
         f"{name}_parameters", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
     )
+
+
+def _is_flag(model: type[BaseModel], key: str) -> bool:
+    return model.model_fields[key].annotation is bool
 
 
 def _load(reference: str) -> Callable[..., Any]:

@@ -13,13 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from mergeroute.adapters.backbone import Backbone
-from mergeroute.adapters.bank import Bank, BankModule, write_bank
+from mergeroute.adapters.backbone import Backbone, checkpoint_files
+from mergeroute.adapters.bank import Bank, BankModule, copy_files, new_bank, seal, write_bank
+from mergeroute.adapters.digest import json_digest
 from mergeroute.adapters.errors import BackboneError, BankError
 from mergeroute.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, Module
-from mergeroute.adapters.manifest import MANIFEST, RESERVED_NAMES
+from mergeroute.adapters.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    RESERVED_NAMES,
+    BackboneEntry,
+)
+from mergeroute.adapters.module_files import INT8_FILE, VECTORS_FILE
 
-from ..tiny import make_model, make_module, make_tokenizer
+from ..tiny import make_model, make_module, make_rich_module, make_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -566,3 +573,160 @@ def test_only_a_bank_is_replaced(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(BankError, match="is no bank and will not be replaced"):
         write(sources, tmp_path / "thesis", force=True)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+# Format 2: shared modules, recipes, sources, modules in int8 and with vectors.
+
+_SHARED_RECIPE = {"name": "zoo", "base": "./base", "seed": 0}
+_SOURCES = {"base": "sha256:1", "a": "sha256:2"}
+
+
+def write_sealed(sources: Path, target: Path, changes: dict[str, Any] | None = None) -> Bank:
+    """A bank with everything that format 1 had no place for."""
+    backbone = Backbone.open(sources / "backbone")
+    keys: dict[str, Any] = {"recipe": _SHARED_RECIPE, "sources": _SOURCES, **(changes or {})}
+    with new_bank(target) as folder:
+        copy_files(checkpoint_files(backbone.path), folder / "backbone")
+        copy_files(list((sources / "a").iterdir()), folder / "modules" / "a")
+        copy_files(list((sources / "b").iterdir()), folder / "shared")
+        entry = BackboneEntry(name="base", folder="backbone", digest=backbone.digest)
+        module = BankModule("a", folder / "modules" / "a")
+        seal(folder, name="zoo", backbone=entry, modules=[module], **keys)
+    return Bank.open(target)
+
+
+@pytest.fixture
+def sealed(sources: Path, tmp_path: Path) -> Path:
+    write_sealed(sources, tmp_path / "sealed")
+    return tmp_path / "sealed"
+
+
+def test_a_sealed_folder_opens_with_its_shared_module_and_recipe(sealed: Path) -> None:
+    opened = Bank.open(sealed)
+    document = json.loads((sealed / MANIFEST).read_text())
+    assert (document["version"], document["shared"]) == (FORMAT_VERSION, "shared")
+    assert document["sources"] == _SOURCES
+    assert opened.recipe == _SHARED_RECIPE
+    assert opened.shared is not None
+    assert opened.load(opened.shared).digest == make_module(make_model(), "b", seed=1).digest
+    assert opened.router_path is None
+
+
+def test_recipe_sources_and_shared_module_count_for_the_digest(
+    sources: Path, sealed: Path, tmp_path: Path
+) -> None:
+    digests = {Bank.open(sealed).digest}
+    changes: list[dict[str, Any]] = [
+        {"recipe": {**_SHARED_RECIPE, "seed": 1}},
+        {"recipe": None},
+        {"sources": {**_SOURCES, "a": "sha256:3"}},
+        {"sources": None},
+    ]
+    for k, change in enumerate(changes):
+        digests.add(write_sealed(sources, tmp_path / str(k), change).digest)
+    assert len(digests) == 5
+    assert write_sealed(sources, tmp_path / "again").digest == Bank.open(sealed).digest
+    edit_manifest(sealed, lambda m: m.update(shared=None))
+    assert Bank.open(sealed).digest not in digests
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_every_damage_to_a_shared_module_is_found(name: str, sealed: Path) -> None:
+    path = sealed / "shared" / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuse(sealed, f"shared/{name}", "digest")
+    path.unlink()
+    refuse(sealed, f"shared/{name}", "missing", verify=False)
+    path.write_bytes(content)
+    (sealed / "shared" / "stray.safetensors").write_bytes(content)
+    refuse(sealed, "stray.safetensors", "not in the manifest")
+
+
+@pytest.mark.parametrize("shared", ["../b", "/etc", "", "nowhere"])
+def test_a_shared_folder_elsewhere_is_refused(shared: str, sealed: Path) -> None:
+    edit_manifest(sealed, lambda m: m.update(shared=shared))
+    refuse(sealed, "shared" if shared != "nowhere" else "nowhere")
+
+
+def as_format_1(folder: Path) -> dict[str, Any]:
+    """Rewrite a manifest as the first format had it."""
+
+    def edit(document: dict[str, Any]) -> None:
+        document.update(version=1)
+        for key in ("shared", "recipe", "sources"):
+            document.pop(key)
+
+    edit_manifest(folder, edit)
+    document: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return document
+
+
+def test_a_bank_of_format_1_opens_with_the_digest_it_had(bank: Path) -> None:
+    document = as_format_1(bank)
+    opened = Bank.open(bank)
+    assert opened.digest == json_digest(document)
+    assert (opened.shared, opened.recipe) == (None, None)
+    demo = Path(__file__).parents[2] / "serving" / "demo_bank"
+    stated = json.loads((demo / MANIFEST).read_text())
+    if stated["version"] == 1:
+        assert Bank.open(demo).digest == json_digest(stated)
+
+
+def test_the_format_counts_for_the_digest(bank: Path) -> None:
+    before = Bank.open(bank).digest
+    as_format_1(bank)
+    assert Bank.open(bank).digest != before
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_modules_keep_all_their_files_in_a_bank(
+    dtype: torch.dtype, sources: Path, tmp_path: Path
+) -> None:
+    model = make_model()
+    rich = make_rich_module(model, "rich")
+    rich.save(tmp_path / "rich", dtype=dtype)
+    stored = Module.read(tmp_path / "rich", name="rich")
+    bank = write(sources, tmp_path / "bank", modules=[BankModule("rich", tmp_path / "rich")])
+    (entry,) = bank.modules
+    assert bank.load(entry).digest == stored.digest
+    assert bank.load(entry).vectors.keys() == rich.vectors.keys()
+    names = {file.name for file in entry.path.iterdir()}
+    assert (VECTORS_FILE in names, INT8_FILE in names) == (True, dtype == torch.int8)
+    for name in names:
+        content = (entry.path / name).read_bytes()
+        (entry.path / name).unlink()
+        refuse(tmp_path / "bank", name, "missing")
+        (entry.path / name).write_bytes(content)
+
+
+def test_vectors_count_for_the_digest_of_an_adhoc_bank(sources: Path, tmp_path: Path) -> None:
+    backbone, model = Backbone.open(sources / "backbone"), make_model()
+    rich = make_rich_module(model, "m")
+    rich.save(tmp_path / "one")
+    vectors = {name: vector * 2 for name, vector in rich.vectors.items()}
+    dataclasses.replace(rich, vectors=vectors).save(tmp_path / "other")
+    digests = {
+        Bank.adhoc("zoo", backbone, [BankModule("m", tmp_path / name)]).digest
+        for name in ("one", "other")
+    }
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_folders_on_the_way_are_removed_again(depth: int, sources: Path, tmp_path: Path) -> None:
+    target = tmp_path.joinpath(*"xyz"[:depth], "bank")
+    with pytest.raises(RuntimeError, match="the router broke"):
+        write(sources, target, write_router=_broken_router)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x").mkdir()
+    with pytest.raises(RuntimeError, match="the router broke"):
+        write(sources, target, write_router=_broken_router)
+    assert [path.name for path in tmp_path.rglob("*")] == ["x"]
+
+
+def test_a_place_that_cannot_be_written_is_named(sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BankError, match=r"file/bank cannot be written"):
+        write(sources, tmp_path / "file" / "bank")
+    assert (tmp_path / "file").read_text() == "mine"

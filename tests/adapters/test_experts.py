@@ -128,7 +128,8 @@ def test_another_architecture_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     ],
 )
 def test_other_sizes_are_refused(key: str, value: int, zoo: Zoo, tmp_path: Path) -> None:
-    write_model(tmp_path / "x", make_model("llama", **{key: value}))
+    sizes: dict[str, Any] = {key: value}
+    write_model(tmp_path / "x", make_model("llama", **sizes))
     refuse(zoo, tmp_path / "x", BackboneError, "'x'", f"{key} {value}", "one base")
 
 
@@ -215,7 +216,7 @@ def test_a_lora_of_other_shapes_or_layers_is_refused(zoo: Zoo, tmp_path: Path) -
 
 def test_a_lora_of_another_architecture_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     make_module(make_model("gpt2"), "x").save(tmp_path / "x")
-    refuse(zoo, tmp_path / "x", ModuleError, "transformer.h", "another base")
+    refuse(zoo, tmp_path / "x", ModuleError, "transformer.h", "no layer of the backbone")
 
 
 @pytest.mark.parametrize(

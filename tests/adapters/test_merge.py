@@ -79,7 +79,8 @@ def written(recipe: Recipe, folder: Path) -> Weights:
     static = recipe.model_copy(
         update={"modules": recipe.modules.model_copy(update={"method": "none"})}
     )
-    return load_file(build(static, folder / "bank").backbone.path / "model.safetensors")
+    found: Weights = load_file(build(static, folder / "bank").backbone.path / "model.safetensors")
+    return found
 
 
 def context_of(base: Base, name: str, recipe: Recipe) -> Context:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mergeroute.adapters.delta import LowRank
 
-EXACT = {"rtol": 1e-5, "atol": 1e-6}
-"""Two sums of the same float32 numbers in different orders."""
+
+def assert_same(ours: Tensor, theirs: Tensor, *, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Equal up to float32 sums of the same numbers in other orders; wider after an SVD."""
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 def dense_deltas(*shape: int, experts: int = 3, seed: int = 0) -> list[Tensor]:
@@ -43,27 +45,17 @@ def low_ranks(
 def rotation(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """A random orthogonal matrix, [size, size]."""
     generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=dtype))
+    q: Tensor = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=dtype))[0]
     return q
 
 
 def mergekit_delta(
-    methods: Any,
-    name: str,
-    deltas: Sequence[Tensor],
-    *,
-    weights: Sequence[float] | None = None,
-    base: Tensor | None = None,
-    **parameters: Any,
+    methods: Any, name: str, deltas: Sequence[Tensor], *, parameters: Mapping[str, Any]
 ) -> Tensor:
-    """The merged delta as a mergekit method gives it.
+    """The merged delta as a mergekit method gives it, over a base of zeros.
 
-    methods: the module mergekit.merge_methods.api. weights: None for a method that takes none.
-    parameters: of the method, beside the weights.
+    methods: the module mergekit.merge_methods.api.
     """
-    base = torch.zeros_like(deltas[0]) if base is None else base
-    if weights is not None:
-        parameters["weight"] = list(weights)
-    tensors = [base, *(base + delta for delta in deltas)]
+    tensors = [torch.zeros_like(deltas[0]), *deltas]
     merged: Tensor = methods.merge_tensors(tensors, name, base_index=0, parameters=parameters)
-    return merged - base
+    return merged

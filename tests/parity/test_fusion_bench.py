@@ -20,13 +20,11 @@ from mergeroute.adapters.merging.spectral import iso_c, tsv, wudi
 from mergeroute.adapters.merging.stack import Stack, gathered
 from mergeroute.adapters.merging.subspaces import knots, opcm_step
 
-from .oracles import EXACT, dense_deltas, low_ranks, rotation
+from .oracles import assert_same, dense_deltas, low_ranks, rotation
 
 pytestmark = pytest.mark.parity
 
 ONES = [1.0] * 3
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-"""After a singular value decomposition in float32 on their side."""
 
 
 def oracle(name: str) -> Any:
@@ -37,6 +35,11 @@ def oracle(name: str) -> Any:
 def dense(deltas: Sequence[LowRank]) -> list[dict[str, Tensor]]:
     """The deltas as task vectors of one matrix."""
     return [{"w": delta.dense()} for delta in deltas]
+
+
+def tensor_of(merged: dict[str, Tensor]) -> Tensor:
+    """The one matrix of a merged task vector."""
+    return merged["w"].detach()
 
 
 def rotated(deltas: Sequence[LowRank], turn: Tensor) -> list[LowRank]:
@@ -55,7 +58,7 @@ def their_ties(deltas: Sequence[Tensor], density: float) -> Tensor:
 def test_ties_keeps_one_entry_less_than_theirs() -> None:
     deltas = dense_deltas(20, 50)
     ours = gathered(ties(Stack.of(deltas), density=0.201))
-    torch.testing.assert_close(ours, their_ties(deltas, 0.2), **EXACT)
+    assert_same(ours, their_ties(deltas, 0.2))
 
 
 def test_their_ties_trims_the_whole_model_ours_each_parameter() -> None:
@@ -69,7 +72,7 @@ def test_emr_and_what_gives_an_expert_its_part_back() -> None:
     deltas = dense_deltas(24, 16)
     merged = oracle("emr_merging.utils").emr_merge([{"w": delta} for delta in deltas])
     unified = gathered(emr(Stack.of(deltas)))
-    torch.testing.assert_close(unified, merged[0]["w"], **EXACT)
+    assert_same(unified, merged[0]["w"])
     for delta, mask, rescale in zip(deltas, merged[1]["w"], merged[2].tolist(), strict=True):
         ours, number = emr_mask_and_rescale(delta, unified)
         assert torch.equal(ours, mask)
@@ -92,14 +95,14 @@ def test_tall_masks_and_their_consensus(threshold: float) -> None:
     assert torch.equal(tall_mask(torch.stack(deltas), total, threshold).flatten(1), masks)
     ours = gathered(consensus(Stack.of(deltas), tall_threshold=threshold, agreement=2))
     used = (masks.sum(0) >= 2).view_as(total)
-    torch.testing.assert_close(ours, total * used, **EXACT)
+    assert_same(ours, total * used)
 
 
 def their_tsv(deltas: Sequence[LowRank]) -> Tensor:
     """TSV-M of one matrix."""
     utils = oracle("task_singular_vector.utils.TSVM_utils")
     merged = utils.compute_and_sum_svd_mem_reduction(dense(deltas), accelerator="cpu")
-    return merged["w"]  # type: ignore[no-any-return]
+    return tensor_of(merged)
 
 
 @pytest.mark.parametrize(("rank", "shape"), [(8, (24, 40)), (8, (40, 24)), (24, (24, 40))])
@@ -108,28 +111,29 @@ def test_tsv_where_each_expert_fills_its_share_of_the_rank(
 ) -> None:
     deltas = low_ranks(*shape, rank=rank)
     ours = tsv(deltas, weights=ONES).dense()
-    torch.testing.assert_close(ours, their_tsv(deltas), rtol=1e-4, atol=1e-4)
+    assert_same(ours, their_tsv(deltas), rtol=1e-4, atol=1e-4)
 
 
 def test_their_tsv_fills_low_ranks_with_arbitrary_directions() -> None:
     deltas, turn = low_ranks(24, 40, rank=2), rotation(24)
     ours, theirs = tsv(deltas, weights=ONES).dense(), their_tsv(deltas)
     turned = tsv(rotated(deltas, turn), weights=ONES).dense()
-    torch.testing.assert_close(turned, turn @ ours, **CLOSE)
+    assert_same(turned, turn @ ours, rtol=1e-4, atol=1e-5)
     their_change = (their_tsv(rotated(deltas, turn)) - turn @ theirs).norm() / theirs.norm()
     assert their_change > 0.1
 
 
 def their_iso_c(deltas: Sequence[LowRank]) -> Tensor:
     """ISO-C of one matrix."""
-    return oracle("isotropic_merging.iso_utils").iso_c(dense(deltas), accelerator="cpu")["w"]  # type: ignore[no-any-return]
+    utils = oracle("isotropic_merging.iso_utils")
+    return tensor_of(utils.iso_c(dense(deltas), accelerator="cpu"))
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_iso_c_of_a_sum_of_full_rank(shape: tuple[int, int]) -> None:
     deltas = low_ranks(*shape, rank=10)
     ours = iso_c(deltas, weights=ONES).dense()
-    torch.testing.assert_close(ours, their_iso_c(deltas), rtol=1e-4, atol=1e-4)
+    assert_same(ours, their_iso_c(deltas), rtol=1e-4, atol=1e-4)
 
 
 def test_their_iso_c_gives_a_sum_of_low_rank_arbitrary_directions() -> None:
@@ -140,7 +144,7 @@ def test_their_iso_c_gives_a_sum_of_low_rank_arbitrary_directions() -> None:
     assert torch.linalg.matrix_rank(theirs, rtol=1e-4) == full
     u, _, _ = torch.linalg.svd(ours)
     within = u[:, :rank].T @ theirs  # their mean is over all 24 values, ours over the 6
-    torch.testing.assert_close(within * full / rank, u[:, :rank].T @ ours, **CLOSE)
+    assert_same(within * full / rank, u[:, :rank].T @ ours, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
@@ -152,7 +156,7 @@ def test_knots(density: float) -> None:
     scaled = [singular[:, None] * part for part in parts]
     theirs = u @ merge_utils.ties(scaled, torch.ones(3), density)
     ours = knots(deltas, weights=ONES, density=density).dense()
-    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert_same(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def interference(merged: Tensor, deltas: Sequence[LowRank]) -> float:
@@ -165,7 +169,7 @@ def their_wudi(deltas: Sequence[LowRank]) -> Tensor:
     """300 steps of Adam from the sum."""
     with torch.enable_grad():
         merged = oracle("wudi.wudi").wudi_merging(dense(deltas), accelerator="cpu")
-    return merged["w"].detach()  # type: ignore[no-any-return]
+    return tensor_of(merged)
 
 
 def test_wudi_has_less_interference_than_their_three_hundred_steps() -> None:
@@ -181,7 +185,7 @@ def test_wudi_is_capped_at_the_norm_of_the_sum_theirs_is_not() -> None:
     deltas = [delta.scaled(1e-3) for delta in low_ranks(24, 40, rank=4)]
     bound = torch.stack([delta.dense() for delta in deltas]).sum(0).norm()
     ours = wudi(deltas, weights=ONES, ridge=0.0).dense()
-    torch.testing.assert_close(ours.norm(), bound)
+    assert_same(ours.norm(), bound)
     assert their_wudi(deltas).norm() > bound
     rows = torch.cat([delta.right for delta in deltas]).T
     targets = torch.cat([delta.dense() @ delta.right.T for delta in deltas], 1)
@@ -198,9 +202,9 @@ def test_regmean(reduction: float) -> None:
     weights = {"l.weight": [base.double() + delta.dense() for delta in deltas]}
     theirs = merge(weights, [{"l": gram} for gram in grams], reduction)["l.weight"] - base
     ours = regmean(deltas, grams, reduction=reduction, ridge=1e-12)
-    torch.testing.assert_close(ours.dense(), theirs, **EXACT)
+    assert_same(ours.dense(), theirs)
     whole = regmean_dense([d.dense() for d in deltas], grams, reduction=reduction, ridge=1e-12)
-    torch.testing.assert_close(whole, theirs, **EXACT)
+    assert_same(whole, theirs)
 
 
 def their_fisher(
@@ -209,7 +213,7 @@ def their_fisher(
     """Fisher merging of one parameter; the experts count equally."""
     merge = oracle("fisher_merging.fisher_merging").merging_with_fisher_weights
     fishers = [{"w": diagonal} for diagonal in diagonals]
-    return merge({"w": list(deltas)}, fishers, torch.ones(len(deltas)), normalize)["w"]  # type: ignore[no-any-return]
+    return tensor_of(merge({"w": list(deltas)}, fishers, torch.ones(len(deltas)), normalize))
 
 
 def our_fisher(deltas: Sequence[Tensor], diagonals: Sequence[Tensor], *, normalize: bool) -> Tensor:
@@ -230,7 +234,7 @@ def test_fisher(normalize: bool) -> None:
     diagonals = [small, 5 * middle, 20 * large]
     ours = our_fisher(deltas, diagonals, normalize=normalize)
     theirs = their_fisher(deltas, diagonals, normalize=normalize)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)  # the floor's place differs
+    assert_same(ours, theirs, rtol=1e-3, atol=1e-3)  # the floor's place differs
 
 
 def test_their_fisher_floor_outweighs_an_expert_of_small_norm() -> None:
@@ -254,7 +258,8 @@ def their_opcm(
         monkeypatch.setattr(modeling_clip, name, object, raising=False)
     step = oracle("opcm.opcm").OPCMForCLIP.merge_linear_weights
     lambdas = SimpleNamespace(previous_lambda_t=1, lambda_t=1)
-    return step(lambdas, total, torch.zeros_like(total), delta, "w", alpha)  # type: ignore[no-any-return]
+    merged: Tensor = step(lambdas, total, torch.zeros_like(total), delta, "w", alpha)
+    return merged
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
@@ -265,7 +270,7 @@ def test_an_arrival_of_opcm(
     total, delta = low_ranks(*shape, rank=12, experts=2, dtype=torch.float64)
     ours = opcm_step(total, delta, alpha=alpha).dense()
     theirs = their_opcm(monkeypatch, total.dense(), delta.dense(), alpha=alpha)
-    torch.testing.assert_close(ours, theirs, **EXACT)
+    assert_same(ours, theirs)
 
 
 def test_their_opcm_leaves_out_directions_that_a_total_of_low_rank_does_not_have(
@@ -275,7 +280,7 @@ def test_their_opcm_leaves_out_directions_that_a_total_of_low_rank_does_not_have
     turn = rotation(12, dtype=torch.float64)
     turned_total, turned_delta = rotated([total, delta], turn)
     ours = opcm_step(total, delta).dense()
-    torch.testing.assert_close(opcm_step(turned_total, turned_delta).dense(), turn @ ours, **EXACT)
+    assert_same(opcm_step(turned_total, turned_delta).dense(), turn @ ours)
     theirs = their_opcm(monkeypatch, total.dense(), delta.dense(), alpha=0.5)
     turned = their_opcm(monkeypatch, turned_total.dense(), turned_delta.dense(), alpha=0.5)
     assert (turned - turn @ theirs).norm() > 0.01 * theirs.norm()

@@ -20,7 +20,7 @@ from mergeroute.adapters.merging.elementwise import (
 from mergeroute.adapters.merging.sparsify import band, drop, rank_drop, top
 from mergeroute.adapters.merging.stack import Context, Stack, gathered
 
-from .oracles import EXACT, dense_deltas, mergekit_delta
+from .oracles import assert_same, dense_deltas, mergekit_delta
 
 pytestmark = pytest.mark.parity
 
@@ -63,7 +63,7 @@ def test_linear(
     ours = gathered(linear(Stack.of(deltas, weights=weights), normalize=normalize))
     parameters = {"weight": weights, "normalize": normalize}
     theirs = methods.merge_tensors(deltas, "linear", parameters=parameters)
-    torch.testing.assert_close(ours, theirs, **EXACT)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -71,9 +71,9 @@ def test_linear(
 def test_task_arithmetic(methods: Any, shape: tuple[int, int], weights: list[float]) -> None:
     deltas = dense_deltas(*shape)
     ours = gathered(task_arithmetic(Stack.of(deltas, weights=weights), scale=0.3))
-    extra = {"weights": weights, "lambda": 0.3}
-    theirs = mergekit_delta(methods, "task_arithmetic", deltas, **extra)
-    torch.testing.assert_close(ours, theirs, **EXACT)
+    parameters = {"weight": weights, "lambda": 0.3}
+    theirs = mergekit_delta(methods, "task_arithmetic", deltas, parameters=parameters)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -88,10 +88,11 @@ def test_ties(
     normalize: bool,
 ) -> None:
     deltas = dense_deltas(*shape)
-    options = {"density": density, "normalize": normalize}
-    ours = gathered(ties(Stack.of(deltas, weights=weights), **options))  # type: ignore[arg-type]
-    theirs = mergekit_delta(methods, "ties", deltas, weights=weights, **options)
-    torch.testing.assert_close(ours, theirs, **EXACT)
+    stack = Stack.of(deltas, weights=weights)
+    ours = gathered(ties(stack, density=density, normalize=normalize))
+    parameters = {"weight": weights, "density": density, "normalize": normalize}
+    theirs = mergekit_delta(methods, "ties", deltas, parameters=parameters)
+    assert_same(ours, theirs)
 
 
 def test_mergekit_trims_equal_entries_by_their_order_ours_keeps_them_all(sparsify: Any) -> None:
@@ -118,8 +119,9 @@ def test_breadcrumbs(methods: Any, method: Any, weights: list[float], normalize:
     deltas = dense_deltas(24, 16)
     options = {"density": 0.6, "gamma": 0.05, "normalize": normalize}
     ours = gathered(method(Stack.of(deltas, weights=weights), **options))
-    theirs = mergekit_delta(methods, method.__name__, deltas, weights=weights, **options)
-    torch.testing.assert_close(ours, theirs, **EXACT)
+    parameters = {**options, "weight": weights}
+    theirs = mergekit_delta(methods, method.__name__, deltas, parameters=parameters)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,8 +129,8 @@ def test_breadcrumbs(methods: Any, method: Any, weights: list[float], normalize:
 def test_sce(methods: Any, shape: tuple[int, int], select_topk: float) -> None:
     deltas = [delta * size for delta, size in zip(dense_deltas(*shape), (1, 2, 3), strict=True)]
     ours = gathered(sce(Stack.of(deltas), select_topk=select_topk))
-    theirs = mergekit_delta(methods, "sce", deltas, select_topk=select_topk)
-    torch.testing.assert_close(ours, theirs, **EXACT)
+    theirs = mergekit_delta(methods, "sce", deltas, parameters={"select_topk": select_topk})
+    assert_same(ours, theirs)
 
 
 def test_mergekit_rescales_what_dare_keeps_to_the_norm_ours_by_the_probability(
@@ -138,9 +140,9 @@ def test_mergekit_rescales_what_dare_keeps_to_the_norm_ours_by_the_probability(
     norm = sparsify.RescaleNorm.l1
     torch.manual_seed(0)
     theirs = sparsify.bernoulli(delta, density, rescale_norm=norm)
-    torch.testing.assert_close(theirs.abs().sum(), delta.abs().sum())
+    assert_same(theirs.abs().sum(), delta.abs().sum())
     ours = kept(drop(Stack.of([delta]), density))[0]
-    torch.testing.assert_close(ours[ours != 0], (delta / density)[ours != 0])
+    assert_same(ours[ours != 0], (delta / density)[ours != 0])
     factor = float((theirs / delta)[theirs != 0].mean())
     assert abs(factor * density - 1) > 0.05
     for draw in (ours, theirs):
@@ -152,14 +154,19 @@ def test_mergekit_drops_by_rank_with_the_same_probabilities(
 ) -> None:
     delta, density, epsilon, draws = dense_deltas(4, 12)[0], 0.6, 0.3, 1000
     asked: list[Tensor] = []
-    monkeypatch.setattr(torch, "bernoulli", lambda p: asked.append(p) or torch.ones_like(p))
+
+    def keep_all(probability: Tensor) -> Tensor:
+        asked.append(probability)
+        return torch.ones_like(probability)
+
+    monkeypatch.setattr(torch, "bernoulli", keep_all)
     sparsify.della_magprune(delta, density, epsilon)
     stacks = [Stack.of([delta], context=Context(seed=seed)) for seed in range(draws)]
     ours = torch.stack([kept(rank_drop(stack, density, epsilon))[0] for stack in stacks])
     often = (ours != 0).float().mean(0)
     assert (often - asked[0]).abs().max() < 4 * (0.25 / draws) ** 0.5  # four standard deviations
     expected = (delta / asked[0]).expand_as(ours)  # theirs: to the norm, as in DARE
-    torch.testing.assert_close(ours[ours != 0], expected[ours != 0])
+    assert_same(ours[ours != 0], expected[ours != 0])
 
 
 def test_mergekit_cannot_drop_by_rank_in_rows_of_one_entry(sparsify: Any) -> None:
@@ -179,4 +186,4 @@ def test_extracting_a_lora(rank: int) -> None:
     )
     right, left = task.execute(delta)
     ours = LowRank(delta, torch.eye(16)).compact(rank=rank)
-    torch.testing.assert_close(ours.dense(), left @ right, rtol=1e-4, atol=1e-5)
+    assert_same(ours.dense(), left @ right, rtol=1e-4, atol=1e-5)

@@ -21,6 +21,7 @@ from mergeroute.routers.store import (
     SignalSettings,
     load_router,
     modules_of,
+    rename_modules,
     save_fixed,
     save_prototype,
 )
@@ -137,3 +138,50 @@ def test_signals_pool_over_the_prompt_alone() -> None:
         HiddenState(encode, 1, "max")
     with pytest.raises(RouterError, match="layer 0"):
         HiddenState(encode, 0)
+
+
+def test_renamed_modules_get_what_the_old_names_had(folder: Path) -> None:
+    before = load_router(folder, encode=encode)
+    rename_modules(folder, {"low": "all", "other": "unknown"})
+    once = load_router(folder, encode=encode)
+    assert modules_of(folder) == ("all", "high")
+    assert once.digest != before.digest
+    decision = once.route(Query((5, 6)))
+    assert decision.blend == Blend({"all": 1.0})
+    assert list(decision.scores) == ["all", "high"]
+    assert decision.reason.endswith("; low is folded into all")
+    assert "folded" not in once.route(Query((105, 106))).reason
+    assert once.route(Query((5000, 5001))).blend == Blend()
+    rename_modules(folder, {"all": "both", "high": "both"})
+    assert json.loads((folder / CONFIG_FILE).read_text())["renamed"] == {
+        "low": "both",
+        "high": "both",
+    }
+    assert modules_of(folder) == ("both",)
+    decision = load_router(folder, encode=encode).route(Query((5, 6)))
+    assert decision.blend == Blend({"both": 1.0})
+    assert decision.scores == {"both": pytest.approx(1.0)}
+    assert decision.confidence == pytest.approx(1.0)
+    assert decision.runner_up is None
+
+
+def test_weights_that_meet_under_one_name_add_up(tmp_path: Path) -> None:
+    save_fixed(tmp_path, Blend({"a": 0.75, "b": -0.25, "c": 1}))
+    rename_modules(tmp_path, {"a": "ab", "b": "ab"})
+    decision = load_router(tmp_path, encode=encode).route(Query((1,)))
+    assert decision.blend == Blend({"ab": 0.5, "c": 1})
+    assert decision.scores == {"ab": 0.5, "c": 1}
+    save_fixed(tmp_path, Blend({"a": 6, "b": 6}))
+    with pytest.raises(RouterError, match="add up beyond"):
+        rename_modules(tmp_path, {"a": "ab", "b": "ab"})
+
+
+def test_a_router_that_was_not_renamed_says_nothing_of_it(folder: Path) -> None:
+    assert "renamed" not in json.loads((folder / CONFIG_FILE).read_text())
+    before = load_router(folder, encode=encode)
+    rename_modules(folder, {})
+    assert load_router(folder, encode=encode).digest == before.digest
+    settings = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**settings, "renamed": {"middle": "x"}}))
+    with pytest.raises(RouterError, match="'middle', which is none of modules"):
+        load_router(folder, encode=encode)

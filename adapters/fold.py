@@ -1,0 +1,296 @@
+"""Fold: a bank with fewer modules, or with smaller ones, from a bank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from .bank import Bank, BankModule, new_bank, seal
+from .build import MODULE_DTYPES, Progress
+from .errors import BankError
+from .lora import Module
+from .manifest import BackboneEntry, Manifest, check_names, read_manifest
+from .module_files import CONFIG_FILE, INT8_FILE, module_files
+from .pool import (
+    FoldMethod,
+    groups,
+    layers_of,
+    likeness,
+    merge_modules,
+    ranks_within,
+    relative_error,
+    shrink_module,
+    without_double_head,
+)
+from .ranks import ITEM_BYTES
+
+RenameModules = Callable[[Path, Mapping[str, str]], None]
+"""Tells the router in a folder where modules have gone, old names to new."""
+
+_LONGEST_NAME = 64
+_DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class FoldSettings:
+    """How small a bank becomes, by one of two measures.
+
+    to: how many modules are left. nbytes: what all modules together take; none is given up.
+    method: how deltas are merged or shrunk, see `pool`; svd answers best on the zoo. name: of the
+    new bank; None keeps it. force: replace the bank that stands at the new one's place.
+
+    Raises:
+        BankError: neither or both measures are given.
+    """
+
+    to: int | None = None
+    nbytes: int | None = None
+    method: FoldMethod = "svd"
+    name: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.to is None) == (self.nbytes is None):
+            raise BankError("fold either to a number of modules or into a number of bytes")
+        if self.name is not None:
+            check_names([self.name])
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A module of the old bank, read. dtype: what its factors are stored in."""
+
+    entry: BankModule
+    module: Module
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Folding:
+    """What is at hand while a bank is folded. folder: of the new bank."""
+
+    bank: Bank
+    folder: Path
+    settings: FoldSettings
+    progress: Progress
+    members: Sequence[_Member]
+
+
+def fold(
+    path: str | Path,
+    out: str | Path,
+    settings: FoldSettings,
+    *,
+    rename: RenameModules,
+    progress: Progress = lambda stage, total: lambda: None,
+) -> Bank:
+    """Write a bank whose modules are fewer or smaller. Backbone, shared module, recipe and sources
+    are carried over; so is the router, which is told where modules have gone.
+
+    Raises:
+        BankError: a number is out of range, the bank has no modules, or `out` is taken or the bank
+            itself; nothing is left behind.
+        MergerouteError: the bank, or its router, cannot be read.
+    """
+    source, target = (Path(p).expanduser().resolve() for p in (path, out))
+    if target.is_relative_to(source):
+        raise BankError(
+            f"{out} is the bank that is folded, or lies in it: choose another folder; banks do not "
+            "change"
+        )
+    step = progress("verifying the bank", 1)
+    bank = Bank.open(source)
+    step()
+    _check_count(bank, settings.to)
+    with new_bank(out, force=settings.force) as folder:
+        folding = _Folding(bank, folder, settings, progress, _members(bank, progress))
+        modules, renamed = _shrink(folding) if settings.to is None else _merge(folding, settings.to)
+        name = settings.name or bank.name
+        check_names([name, *(module.name for module in modules)])
+        if bank.shared is not None:
+            shutil.copytree(bank.shared.path, folder / "shared")
+        if bank.router_path is not None:
+            shutil.copytree(bank.router_path, folder / "router")
+            if renamed:
+                rename(folder / "router", renamed)
+        manifest = read_manifest(source)
+        seal(
+            folder,
+            name=name,
+            backbone=_copy_backbone(source, manifest, bank, folder),
+            modules=modules,
+            recipe=manifest.recipe,
+            sources=manifest.sources,
+        )
+    return Bank.open(out, verify=False)
+
+
+def _check_count(bank: Bank, to: int | None) -> None:
+    if not bank.modules:
+        raise BankError(f"bank {bank.name!r} has no modules: there is nothing to fold")
+    if to is not None and not 1 <= to < len(bank.modules):
+        raise BankError(
+            f"{to} is out of range: bank {bank.name!r} has {len(bank.modules)} modules, so fold it "
+            f"to 1 to {len(bank.modules) - 1}"
+            if len(bank.modules) > 1
+            else f"bank {bank.name!r} has one module, which cannot be fewer: fold it by bytes"
+        )
+
+
+def _copy_backbone(source: Path, manifest: Manifest, bank: Bank, folder: Path) -> BackboneEntry:
+    """Copy the backbone, or refer to where it is."""
+    entry = manifest.backbone
+    if entry.folder is not None:
+        shutil.copytree(bank.backbone.path, folder / "backbone")
+        return entry.model_copy(update={"folder": "backbone"})
+    if (source / str(entry.reference)).is_dir():
+        return entry.model_copy(update={"reference": str(bank.backbone.path)})
+    return entry
+
+
+def _members(bank: Bank, progress: Progress) -> tuple[_Member, ...]:
+    step = progress("reading modules", len(bank.modules))
+    members = []
+    for entry in bank.modules:
+        module = without_double_head(bank.load(entry), bank.backbone.shapes)
+        members.append(_Member(entry, module, stored_dtype(entry.path)))
+        step()
+    return tuple(members)
+
+
+def stored_dtype(folder: Path) -> str:
+    """What a module folder's factors are stored in; of several float types the widest."""
+    path = module_files(folder)[1]
+    if path.name == INT8_FILE:
+        return "int8"
+    with safe_open(path, framework="pt") as file:
+        found = {_DTYPES[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
+    return _widest(found or {"float32"})
+
+
+def _widest(dtypes: set[str]) -> str:
+    return min(dtypes, key=list(ITEM_BYTES).index)
+
+
+def _merge(folding: _Folding, count: int) -> tuple[list[BankModule], dict[str, str]]:
+    """Write `count` modules, and where the old ones have gone. Groups and what becomes of them do
+    not depend on the order of the bank.
+    """
+    members = sorted(folding.members, key=lambda member: member.entry.name)
+    order = {entry.name: k for k, entry in enumerate(folding.bank.modules)}
+    modules, shapes = [member.module for member in members], folding.bank.backbone.shapes
+    step = folding.progress("likeness of modules", len(layers_of(modules, shapes)))
+    found = groups(likeness(modules, shapes, on_layer=step), count)
+    pools = [[members[k] for k in group] for group in found]
+    pools.sort(key=lambda pool: min(order[member.entry.name] for member in pool))
+    names = _names(pools, folding.settings.name or folding.bank.name)
+    step = folding.progress("merging modules", len(pools))
+    written = []
+    for pool, name in zip(pools, names, strict=True):
+        written.append(_keep(folding, pool[0]) if len(pool) == 1 else _join(folding, pool, name))
+        step()
+    renamed = {
+        member.entry.name: name
+        for pool, name in zip(pools, names, strict=True)
+        for member in pool
+        if len(pool) > 1
+    }
+    return written, renamed
+
+
+def _names(pools: Sequence[Sequence[_Member]], bank: str) -> list[str]:
+    """A name for each pool: its members', or fold-1 and so on where that is too long or taken."""
+    joined = [".".join(member.entry.name for member in pool) for pool in pools]
+    taken = {bank, *(member.entry.name for pool in pools for member in pool)}
+    names, number = [], 0
+    for name, pool in zip(joined, pools, strict=True):
+        if len(pool) > 1:
+            while len(name) > _LONGEST_NAME or name in taken:
+                number += 1
+                name = f"fold-{number}"
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _keep(folding: _Folding, member: _Member) -> BankModule:
+    """A module as it stands, byte for byte."""
+    path = folding.folder / "modules" / member.entry.name
+    shutil.copytree(member.entry.path, path)
+    return replace(member.entry, path=path)
+
+
+def _join(folding: _Folding, pool: Sequence[_Member], name: str) -> BankModule:
+    """Write one module in place of several."""
+    method = folding.settings.method
+    shapes = folding.bank.backbone.shapes
+    modules = [member.module for member in pool]
+    merged = merge_modules(modules, name=name, shapes=shapes, method=method)
+    path = folding.folder / "modules" / name
+    dtype = _widest({member.dtype for member in pool})
+    stored = _save(merged, path, base=_base_of(pool[0].entry.path), dtype=dtype)
+    errors = [relative_error(stored, module, shapes) for module in modules]
+    return BankModule(
+        name=name,
+        path=path,
+        description="; ".join(m.entry.description for m in pool if m.entry.description),
+        samples=tuple(sample for member in pool for sample in member.entry.samples),
+        provenance={
+            **_report(stored, path, method=method, dtype=dtype),
+            "error": max(errors),
+            "members": [
+                {"name": m.entry.name, "error": error, "provenance": m.entry.provenance}
+                for m, error in zip(pool, errors, strict=True)
+            ],
+        },
+    )
+
+
+def _shrink(folding: _Folding) -> tuple[list[BankModule], dict[str, str]]:
+    """Write every module, recompressed; none goes anywhere."""
+    method, nbytes = folding.settings.method, folding.settings.nbytes or 0
+    members, shapes = folding.members, folding.bank.backbone.shapes
+    ranks = ranks_within([m.module for m in members], [m.dtype for m in members], nbytes)
+    step = folding.progress("shrinking modules", len(members))
+    written = []
+    for member, own in zip(members, ranks, strict=True):
+        path = folding.folder / "modules" / member.entry.name
+        small = shrink_module(member.module, own, method)
+        stored = _save(small, path, base=_base_of(member.entry.path), dtype=member.dtype)
+        report = {
+            **_report(stored, path, method=method, dtype=member.dtype),
+            "error": relative_error(stored, member.module, shapes),
+            "before": member.entry.provenance,
+        }
+        written.append(replace(member.entry, path=path, provenance=report))
+        step()
+    return written, {}
+
+
+def _save(module: Module, path: Path, *, base: str, dtype: str) -> Module:
+    """Write a module; what is read back."""
+    module.save(path, base=base, dtype=MODULE_DTYPES[dtype])
+    return Module.read(path, name=module.name)
+
+
+def _base_of(folder: Path) -> str:
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    return str(config.get("base_model_name_or_path") or "")
+
+
+def _report(module: Module, path: Path, *, method: FoldMethod, dtype: str) -> dict[str, Any]:
+    """How a module came about, in the words that a build uses where they are the same."""
+    ranks = [delta.rank for delta in module.deltas.values()]
+    return {
+        "method": "fold",
+        "folded_by": method,
+        "dtype": dtype,
+        "ranks": [min(ranks, default=0), max(ranks, default=0)],
+        "bytes": sum(file.stat().st_size for file in module_files(path)[1:]),
+    }
