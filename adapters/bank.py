@@ -105,6 +105,16 @@ class Bank:
         digest = json_digest({"name": name, "backbone": backbone.digest, "modules": digests})
         return cls(name=name, digest=digest, backbone=backbone, modules=tuple(modules))
 
+    def module_of(self, task: str) -> BankModule | None:
+        """The module that serves a task: its own, or the one its own was folded into."""
+        own = {module.name: module for module in self.modules}
+        folded = {
+            member["name"]: module
+            for module in self.modules
+            for member in module.provenance.get("members", ())
+        }
+        return own.get(task) or folded.get(task)
+
     def load(self, module: BankModule) -> Module:
         """Read one module's tensors.
 

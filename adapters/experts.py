@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ _COMMON = (
     "tie_word_embeddings",
 )
 """What the configurations of base and experts agree in."""
+
+_BUFFER = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+"""What older versions of transformers stored beside the parameters."""
 
 
 class Expert(Protocol):
@@ -228,22 +232,25 @@ def _is_same(one: LowRank, other: LowRank) -> bool:
 
 
 def _check_tensors(name: str, checkpoint: Checkpoint, base: Base) -> None:
+    """The expert has the base's parameters in their shapes; buffers come and go with versions of
+    transformers, and are the base's anyway.
+    """
     theirs, ours = checkpoint.tensors, base.checkpoint.tensors
-    for missing in ours.keys() - theirs.keys():
-        if not base.is_tied_copy(missing):
+    parameters = [n for n, p in base.parameters.items() if p.kind is not Kind.BUFFER]
+    for tensor in parameters:
+        if tensor not in theirs:
             raise CheckpointError(
-                f"expert {name!r} lacks the tensor {missing!r} of the base: the checkpoint is "
+                f"expert {name!r} lacks the tensor {tensor!r} of the base: the checkpoint is "
                 "incomplete or of another base"
             )
+        if theirs[tensor].shape != ours[tensor].shape:
+            raise CheckpointError(
+                f"expert {name!r} has {tensor!r} of shape {list(theirs[tensor].shape)}, the base "
+                f"has {list(ours[tensor].shape)}: resize it to the base's, or choose another base"
+            )
     for extra in theirs.keys() - ours.keys():
-        if not base.is_tied_copy(extra):
+        if not base.is_tied_copy(extra) and not _BUFFER.search(extra):
             raise CheckpointError(
                 f"expert {name!r} holds the tensor {extra!r}, which the base lacks: it is of "
                 "another base"
-            )
-    for tensor, info in ours.items():
-        if tensor in theirs and theirs[tensor].shape != info.shape:
-            raise CheckpointError(
-                f"expert {name!r} has {tensor!r} of shape {list(theirs[tensor].shape)}, the base "
-                f"has {list(info.shape)}: resize it to the base's, or choose another base"
             )

@@ -263,7 +263,7 @@ def _int8_factors(tensors: Mapping[str, Tensor]) -> Factors:
     counts = [_components(name, tensors[name]) for name in names]
     scales = _checked_scales(tensors.get(_SCALES), sum(counts))
     factors = Factors()
-    for name, own in zip(names, scales.split(counts), strict=True):
+    for name, own in zip(names, torch.split(scales, counts), strict=True):
         match = _INT8_FACTOR.fullmatch(name)
         assert match is not None
         factors.put(match, dequantise(tensors[name], own, dim=_component_dim(name)))

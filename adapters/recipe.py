@@ -267,6 +267,11 @@ class Recipe(_Strict):
                 f"{min(weights):g}, {self.backbone.method} takes none below 0"
             )
 
+    @property
+    def _is_plain_sum(self) -> bool:
+        is_scaled = self.backbone.parameters.get("scale", 1) != 1 or self.backbone.lines is not None
+        return not is_scaled and all(expert.weight == 1 for expert in self.experts)
+
     def _check_modules(self) -> None:
         """The modules stand on what the backbone gives them."""
         method, backbone = self.modules.method, self.backbone.method
@@ -274,6 +279,11 @@ class Recipe(_Strict):
             raise ValueError(
                 f"modules: {{method: {method}}} masks a merged change: set backbone: "
                 f"{{method: {_STANDS_ON[method][0]}}} and shared: folded"
+            )
+        if method == "tall" and not self._is_plain_sum:
+            raise ValueError(
+                "modules: {method: tall} masks the plain sum of the changes: leave out scale and "
+                "lines of the backbone, and the experts' weights"
             )
         if method == "lora" and backbone != "none":
             raise ValueError(

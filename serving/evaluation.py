@@ -144,13 +144,20 @@ def _first(examples: Sequence[Example], limit: int | None) -> list[Example]:
 
 def _ask_bank(run: _Run, bank: Bank) -> dict[str, list[Outcome]]:
     """Backbone, router and pinned modules, on one engine."""
-    modules = [module.name for module in bank.modules]
+    homes = _homes(run, bank)
     with run.asker(bank, bank.name) as asker:
         results = {BACKBONE: run.ask(asker, BACKBONE, lambda _: bank.backbone.name)}
         results[AUTO] = run.ask(asker, AUTO, lambda _: AUTO)
-        if run.options.oracle and modules:
-            results[ORACLE] = run.ask(asker, ORACLE, lambda e: str(e.task), tasks=modules)
+        if run.options.oracle and homes:
+            tasks = list(homes)
+            results[ORACLE] = run.ask(asker, ORACLE, lambda e: homes[str(e.task)], tasks=tasks)
     return results
+
+
+def _homes(run: _Run, bank: Bank) -> dict[str, str]:
+    """The module of each task that has one."""
+    found = {str(e.task): bank.module_of(str(e.task)) for e in run.examples}
+    return {task: module.name for task, module in found.items() if module is not None}
 
 
 def _ask_experts(run: _Run, given: GivenExperts) -> list[Outcome]:
@@ -182,13 +189,16 @@ def _sizes(bank: Bank, experts: Mapping[str, Path]) -> Bytes:
 
 def _report(run: _Run, bank: Bank, results: Results, *, data: Path, sizes: Bytes) -> Report:
     tasks = list(dict.fromkeys(str(example.task) for example in run.examples))
+    homes = _homes(run, bank)
     known = {
-        *sizes.modules,
+        *homes,
         *(expert["name"] for expert in (bank.recipe or {}).get("experts", ())),
     }
     is_routed = bank.router_path is not None
     figures = {
-        task: figures_of(task, _of_task(task, results), sizes, is_routed=is_routed)
+        task: figures_of(
+            task, _of_task(task, results), sizes, home=homes.get(task), is_routed=is_routed
+        )
         for task in tasks
     }
     own = tuple(figures[task] for task in tasks if task in known)
@@ -239,13 +249,14 @@ def _about(run: _Run, bank: Bank, data: Path, backbone_bytes: int) -> dict[str, 
 
 def _notes(run: _Run, bank: Bank, tasks: Sequence[Figures]) -> Iterator[str]:
     """What the figures alone do not say."""
+    homes = _homes(run, bank)
     if not run.options.experts:
         yield "normalised scores are absent: they need --experts"
     if left_out := _left_out(tasks):
         yield f"no normalised score, as the expert scores 0: {', '.join(left_out)}"
     if bank.modules and bank.router_path is None:
         yield "the bank has no router: auto is the backbone"
-    asked = {figures.task for figures in tasks}
+    asked = {homes[figures.task] for figures in tasks if figures.task in homes}
     if unasked := [module.name for module in bank.modules if module.name not in asked]:
         yield f"modules without prompts in the data: {', '.join(unasked)}"
     if not tasks:

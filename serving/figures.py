@@ -110,22 +110,24 @@ class Report:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of weights on disk: of the backbone, and by task of modules and experts."""
+    """Bytes of weights on disk: of the backbone, of modules by name, of experts by task."""
 
     backbone: int
     modules: Mapping[str, int]
     experts: Mapping[str, int]
 
 
-def figures_of(task: str, results: Results, sizes: Bytes, *, is_routed: bool) -> Figures:
+def figures_of(
+    task: str, results: Results, sizes: Bytes, *, home: str | None, is_routed: bool
+) -> Figures:
     """Figures of one task.
 
-    results: of its examples, without the systems that were not asked. is_routed: whether the bank
-    has a router.
+    results: of its examples, without the systems that were not asked. home: the module that serves
+    the task. is_routed: whether the bank has a router.
     """
-    size = sizes.modules.get(task)
+    size = None if home is None else sizes.modules.get(home)
     scores = {name: 100 * _mean([o.score for o in group]) for name, group in results.items()}
-    routed = 100 * _mean([_went_home(outcome) for outcome in results[AUTO]])
+    routed = 100 * _mean([_went_to(home, outcome) for outcome in results[AUTO]])
     abstained = 100 * _mean([outcome.blend.abstained for outcome in results[AUTO]])
     return Figures(
         task=task,
@@ -166,10 +168,10 @@ def _normalised(scores: Mapping[str, float]) -> dict[str, float] | None:
     return {name: 100 * score / expert for name, score in scores.items()} if expert else None
 
 
-def _went_home(outcome: Outcome) -> bool:
-    """Whether the prompt's own module has the largest weight of the blend."""
+def _went_to(home: str | None, outcome: Outcome) -> bool:
+    """Whether a module has the largest weight of the blend."""
     blend = outcome.blend
-    return bool(blend) and max(blend, key=lambda name: blend[name]) == outcome.example.task
+    return bool(blend) and max(blend, key=lambda name: blend[name]) == home
 
 
 def _means_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergeroute.adapters.checkpoint import INDEX, Checkpoint
+from mergeroute.adapters.checkpoint import INDEX, Checkpoint, all_finite
 from mergeroute.adapters.errors import CheckpointError
 
 from ..tiny import make_model
@@ -162,3 +162,14 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     refuse(tmp_path, "'w'", "F8_E4M3", "quantised")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e4])
+@pytest.mark.parametrize("at", [0, 37, 99])
+def test_nan_and_inf_are_found_wherever_they_are(dtype: torch.dtype, value: float, at: int) -> None:
+    x = torch.linspace(-5, 5, 100).to(dtype)
+    assert all_finite(x)
+    x[at] = value
+    assert all_finite(x) == bool(x.isfinite().all())
+    assert all_finite(x[:0])

@@ -280,6 +280,19 @@ def test_what_is_stored_beside_the_parameters_is_a_buffer(expert: Path) -> None:
     assert Base.open(expert).parameters["rotary.inv_freq"].kind is Kind.BUFFER
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "h.0.attn.bias"])
+def test_buffers_that_only_one_of_them_stores_do_not_matter(
+    name: str, zoo: Zoo, expert: Path
+) -> None:
+    edit(expert, lambda tensors: tensors.update({name: torch.ones(4)}))
+    opened = open_expert("x", expert, Base.open(zoo.folder / "base"))
+    assert isinstance(opened, FullExpert)
+    base = Base.open(expert)
+    assert open_expert("x", zoo.folder / "b", base).name == "x"
+    edit(expert, lambda tensors: tensors.update({name: torch.ones(7)}))
+    assert open_expert("x", expert, base).name == "x"
+
+
 def test_a_stored_copy_of_a_tied_head_is_no_parameter_of_its_own(tied: Zoo, tmp_path: Path) -> None:
     shutil.copytree(tied.folder / "base", tmp_path / "base")
     copy = "lm_head.weight"

@@ -262,6 +262,17 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             ("masks a merged change", "shared: folded"),
         ),
         (
+            {"modules": {"method": "tall", "rank": 4}, "experts": EXPERTS[:1]},
+            ("tall", "plain sum", "scale"),
+        ),
+        (
+            {
+                "modules": {"method": "tall", "rank": 4},
+                "backbone": {"method": "task_arithmetic"},
+            },
+            ("tall", "plain sum", "weights"),
+        ),
+        (
             {"backbone": {"method": "regmean_plus_plus", "lines": {"beta": 1}}, "calibration": "x"},
             ("once and in order", "state alpha"),
         ),

@@ -17,6 +17,7 @@ from mergeroute.adapters.bank import Bank, write_bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.cli import main
+from mergeroute.serving.evaluation import EvalOptions, evaluate
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service
 
@@ -168,3 +169,19 @@ def test_places_and_banks_that_will_not_do(
     assert run_fold(*arguments, monkeypatch=monkeypatch) == 0
     assert [module.name for module in Bank.open(tmp_path / "bare").modules] == [NAME]
     assert NAME in capsys.readouterr().out
+
+
+def test_tasks_of_folded_modules_are_measured_on_what_they_became(
+    folded: Bank, tmp_path: Path
+) -> None:
+    """Not as prompts that no module serves: `digit` has no module of its own any more."""
+    lines = [{"task": t, "prompt": "a", "answer": "b"} for t in ("digit", "upper", "nobody")]
+    data = tmp_path / "test.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    placement = Placement(dtype="float32", options=EngineOptions(max_concurrency=4))
+    options = EvalOptions(oracle=True, max_tokens=2)
+    report = evaluate(folded, data, options=options, placement=placement)
+    assert [figures.task for figures in report.tasks] == ["digit", "upper"]
+    assert all("oracle" in figures.scores for figures in report.tasks)
+    assert all(figures.routed is not None for figures in report.tasks)
+    assert [figures.task for figures in report.generic] == ["nobody"]
