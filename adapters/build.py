@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backbone import checkpoint_files, digest_of_files
 from .bank import Bank, BankModule, copy_files, new_bank, seal
-from .checkpoint import Checkpoint
+from .checkpoint import MODEL_DTYPES, Checkpoint
 from .delta import LowRank
 from .digest import file_digest
 from .errors import RecipeError
@@ -24,14 +24,14 @@ from .experts import Base, Expert, FullExpert, open_expert
 from .kinds import Kind
 from .lora import Module
 from .manifest import BackboneEntry
-from .merge import DTYPES, Merger, Statistics
+from .merge import Merger, Statistics
 from .merging.stack import rows_per_block
 from .module_files import module_files
 from .recipe import ExpertEntry, Recipe
 from .truncation import distance
 from .twin import Extracted, Source, extract, matrices, own_factors
 
-MODULE_DTYPES = {**DTYPES, "int8": torch.int8}
+MODULE_DTYPES = {**MODEL_DTYPES, "int8": torch.int8}
 
 
 Progress = Callable[[str, int], Callable[[], None]]

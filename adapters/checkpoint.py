@@ -17,7 +17,14 @@ from .errors import CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-DTYPES = {
+MODEL_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What models are stored and run in, by the names that users write."""
+
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -29,6 +36,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""What safetensors files call them."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +162,12 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
     found: dict[str, TensorInfo] = {}
     for name, shape, dtype in headers:
-        if dtype not in DTYPES:
+        if dtype not in STORED_DTYPES:
             raise CheckpointError(
                 f"{file} stores {name!r} as {dtype}: quantised checkpoints cannot be merged, "
                 "save the model in bfloat16"
             )
-        found[name] = TensorInfo(shape, DTYPES[dtype], file, offset)
+        found[name] = TensorInfo(shape, STORED_DTYPES[dtype], file, offset)
         offset += found[name].nbytes
     if offset != file.stat().st_size:
         raise CheckpointError(

@@ -13,11 +13,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .checkpoint import DTYPES, INDEX, WEIGHTS, all_finite
+from .checkpoint import INDEX, STORED_DTYPES, WEIGHTS, all_finite
 from .errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 Announced = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype by name."""

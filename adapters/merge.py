@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import all_finite
+from .checkpoint import MODEL_DTYPES, all_finite
 from .checkpoint_writer import checkpoint_writer
 from .delta import LowRank
 from .errors import CheckpointError
@@ -27,8 +27,6 @@ from .truncation import on, truncated
 
 CACHED_BYTES = 160_000_000
 """Deltas of one parameter up to this size are kept while a method reads them several times."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Statistics(Protocol):
@@ -111,6 +109,9 @@ class Merger:
         if not self._is_merged(name):
             return None
         if parameter.kind is Kind.LINEAR and (self.is_factored or self.method.space == "spectral"):
+            if self.method.dense is not None and not self.is_factored:
+                dense = self._dense(parameter)
+                return iter(torch.split(dense, rows_per_block(dense.shape[1])))
             return self._rows_of(name, self._low_rank(parameter))
         stack = self.stack(name)
         if self.method.space == "spectral":
@@ -196,16 +197,30 @@ class Merger:
         """An expert's delta of a linear layer in factors, exact; [out, in] also where the weight
         is stored transposed.
         """
+        if not isinstance(expert, LoraExpert):
+            dense = self._delta(expert, parameter)
+            return truncated(dense, rank=min(dense.shape))
         info = self.base.checkpoint.tensors[parameter.name]
-        if isinstance(expert, LoraExpert):
-            columns, rows = info.shape if parameter.is_transposed else info.shape[::-1]
-            delta = expert.factors(parameter.name)
-            empty = LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
-            return on(delta or empty, self.device)
+        columns, rows = info.shape if parameter.is_transposed else info.shape[::-1]
+        empty = LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
+        return on(expert.factors(parameter.name) or empty, self.device)
+
+    def _delta(self, expert: Expert, parameter: Parameter) -> Tensor:
+        """An expert's delta of a linear layer, [out, in] also where it is stored transposed."""
+        info = self.base.checkpoint.tensors[parameter.name]
         base = self._base_rows(parameter.name, 0, info.rows)
         dense = expert.delta_rows(parameter.name, 0, info.rows, base)
-        dense = dense.T if parameter.is_transposed else dense
-        return truncated(dense, rank=min(dense.shape))
+        return dense.T if parameter.is_transposed else dense
+
+    def _dense(self, parameter: Parameter) -> Tensor:
+        """The merged change of a linear layer as stored, by a method's dense form."""
+        assert self.method.dense is not None
+        deltas = [self._delta(expert, parameter) for expert in self.experts]
+        weights = [entry.weight for entry in self.recipe.experts]
+        merged: Tensor = self.method.dense(
+            deltas, weights=weights, **self._parameters(parameter.name)
+        )
+        return merged.T if parameter.is_transposed else merged
 
     def _parameters(self, name: str) -> dict[str, Any]:
         """What the method's function takes for one parameter."""
@@ -264,7 +279,7 @@ class Merger:
         stored = self.base.checkpoint.tensors[name].dtype
         if self.recipe.dtype is None or not stored.is_floating_point:
             return stored
-        return DTYPES[self.recipe.dtype]
+        return MODEL_DTYPES[self.recipe.dtype]
 
     @cached_property
     def _depth_factors(self) -> Mapping[str, float]:

@@ -9,13 +9,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from ..adapters.checkpoint import MODEL_DTYPES
 from ..adapters.errors import EngineError, UnsupportedModelError
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,9 +41,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" or _cpu_has_bfloat16() else torch.float32
-    if name not in DTYPES:
-        raise EngineError(f"dtype {name!r} is unknown: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in MODEL_DTYPES:
+        raise EngineError(f"dtype {name!r} is unknown: auto, {', '.join(MODEL_DTYPES)}")
+    return MODEL_DTYPES[name]
 
 
 def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401

@@ -30,7 +30,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace the bank that is there.")] = False,
 ) -> None:
     """Merge experts of one base into a backbone, and compress what is exclusive to each."""
-    from ..adapters.recipe import read_recipe
+    from ..adapters.recipe_file import read_recipe
     from .building import build_bank, summary
 
     bank = build_bank(

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..adapters.bank import Bank
+from ..adapters.checkpoint import MODEL_DTYPES
 from ..adapters.delta import concat
 from ..adapters.errors import BankError, ModuleError
 from ..adapters.lora import Module
-from ..adapters.merge import DTYPES
 from ..adapters.staging import staged
 
 
@@ -31,8 +31,8 @@ def export_module(bank_path: Path, name: str, out: Path, *, dtype: str = "bfloat
         raise BankError(f"bank {bank.name!r} has no module {name!r}; its modules: {known}")
     if out.exists():
         raise BankError(f"{out} exists: choose another folder")
-    if dtype not in DTYPES:
-        raise ModuleError(f"dtype {dtype!r} is unknown: {', '.join(DTYPES)}")
+    if dtype not in MODEL_DTYPES:
+        raise ModuleError(f"dtype {dtype!r} is unknown: {', '.join(MODEL_DTYPES)}")
     module = bank.load(found)
     if bank.shared is not None:
         module = _with_shared(module, bank.load(bank.shared))
@@ -42,7 +42,7 @@ def export_module(bank_path: Path, name: str, out: Path, *, dtype: str = "bfloat
             "hold: build the bank with kinds: {norm: shared, bias: shared}"
         )
     with staged(out) as folder:
-        module.save(folder, base=str(bank.backbone.path), dtype=DTYPES[dtype])
+        module.save(folder, base=str(bank.backbone.path), dtype=MODEL_DTYPES[dtype])
 
 
 def _with_shared(module: Module, shared: Module) -> Module:

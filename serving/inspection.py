@@ -16,7 +16,8 @@ from ..adapters.lora import CONFIG_FILE, Module
 from ..adapters.manifest import MANIFEST
 from ..adapters.module_check import check_layer, check_vector
 from ..adapters.module_files import module_files
-from ..adapters.recipe import ModuleSettings, Recipe, read_recipe
+from ..adapters.recipe import ModuleSettings, Recipe
+from ..adapters.recipe_file import read_recipe
 from ..adapters.shapes import Shapes
 from ..adapters.survey import Survey, Surveyed, survey_experts, survey_modules, surveyed_names
 from .inspect_entries import (

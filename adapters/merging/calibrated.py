@@ -120,28 +120,6 @@ def regmean_dense(
     return _solved(total, outputs.T).T.to(deltas[0].dtype)
 
 
-def activation_energy(delta: LowRank, moment: Tensor) -> Tensor:
-    """How much of the output each component of a delta makes on inputs of a given moment, [r].
-
-    For balanced singular components this is σ² vᵀ C v; the components' outputs are then orthogonal,
-    so that the energies add up to the mean squared norm of the delta's output.
-
-    delta: from `LowRank.compact`. moment: second moment C of the layer's inputs, [i, i].
-
-    Raises:
-        ValueError: the moment does not fit the delta.
-
-    Source: the squared singular values that ranks are allocated by, weighed by the inputs; with
-    C = 1 they are the squared singular values.
-    """
-    inputs = delta.shape[1]
-    if moment.shape != (inputs, inputs):
-        raise ValueError(f"moment {tuple(moment.shape)} does not fit a delta of {inputs} inputs")
-    left, right = delta.left.double(), delta.right.double()
-    taken = ((right @ moment.double()) * right).sum(1)
-    return left.square().sum(0) * taken.clamp_min(0)
-
-
 def _moments(
     shapes: Sequence[tuple[int, int]],
     grams: Sequence[Tensor],

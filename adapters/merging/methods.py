@@ -27,17 +27,22 @@ class Method:
     LowRank deltas of a linear layer, and their weights, and gives a LowRank; what is no linear
     layer's weight is then averaged.
     factored: the same merge of LoRA deltas in factors, for an elementwise method that is linear.
+    dense: the same merge of dense deltas [o, i], for a spectral method that gains nothing from
+    factors.
     needs: what it must know of the experts' behaviour on calibration prompts.
     """
 
     space: Space
     function: Callable[..., Any]
     factored: Callable[..., Any] | None = None
+    dense: Callable[..., Any] | None = None
     needs: Needs | None = None
 
 
 _GIVEN = ("weights", "seed", "grams", "diagonals")
 """What a build gives to a method; the other keyword parameters are the recipe's."""
+
+_REGMEAN = ("calibrated.regmean", "calibrated.regmean_dense")
 
 _METHODS: dict[str, tuple[Space, str, str | None, Needs | None]] = {
     "none": ("none", "linear.keep_base", None, None),
@@ -64,8 +69,13 @@ _METHODS: dict[str, tuple[Space, str, str | None, Needs | None]] = {
     "mwa": ("elementwise", "elementwise.mwa", None, None),
     "layer_swap": ("elementwise", "elementwise.layer_swap", None, None),
     "fisher": ("elementwise", "linear.fisher_merge", None, "fishers"),
-    "regmean": ("spectral", "calibrated.regmean", None, "moments"),
-    "regmean_plus_plus": ("spectral", "calibrated.regmean", None, "sequential"),
+    "regmean": ("spectral", "calibrated.regmean", "calibrated.regmean_dense", "moments"),
+    "regmean_plus_plus": (
+        "spectral",
+        "calibrated.regmean",
+        "calibrated.regmean_dense",
+        "sequential",
+    ),
     "tsv": ("spectral", "spectral.tsv", None, None),
     "iso_c": ("spectral", "spectral.iso_c", None, None),
     "knots": ("spectral", "subspaces.knots", None, None),
@@ -73,7 +83,7 @@ _METHODS: dict[str, tuple[Space, str, str | None, Needs | None]] = {
     "opcm": ("spectral", "subspaces.opcm", None, None),
     "lego": ("spectral", "linear.lego_merge", None, None),
 }
-"""name: space, function, its form in factors, what it needs."""
+"""name: space, function, its form in factors (elementwise) or dense (spectral), what it needs."""
 
 
 def method_names() -> list[str]:
@@ -89,8 +99,16 @@ def find_method(name: str) -> Method:
         RecipeError: there is none.
     """
     if name in _METHODS:
-        space, function, factored, needs = _METHODS[name]
-        return Method(space, _load(function), _load(factored) if factored else None, needs)
+        space, function, other, needs = _METHODS[name]
+        form = None if other is None else _load(other)
+        is_dense = space == "spectral"
+        return Method(
+            space,
+            _load(function),
+            factored=None if is_dense else form,
+            dense=form if is_dense else None,
+            needs=needs,
+        )
     for entry in entry_points(group=ENTRY_POINTS, name=name):
         method = entry.load()
         if not isinstance(method, Method):

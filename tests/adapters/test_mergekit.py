@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from mergeroute.adapters.build import build
 from mergeroute.adapters.errors import RecipeError
-from mergeroute.adapters.recipe import Recipe, read_recipe
+from mergeroute.adapters.recipe import Recipe
+from mergeroute.adapters.recipe_file import read_recipe
 
 from ..experts import make_zoo
 from ..tiny import make_model

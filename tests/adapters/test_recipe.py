@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergeroute.adapters.checkpoint import MODEL_DTYPES
 from mergeroute.adapters.errors import RecipeError
-from mergeroute.adapters.merge import DTYPES
-from mergeroute.adapters.recipe import DEFAULT_RANK, Recipe, parse_size, read_recipe
+from mergeroute.adapters.recipe import DEFAULT_RANK, Recipe, parse_size
+from mergeroute.adapters.recipe_file import read_recipe
 
 EXPERTS: list[dict[str, Any]] = [
     {"name": "a", "path": "./a"},
@@ -94,7 +95,7 @@ def test_the_defaults_are_those_that_won(tmp_path: Path) -> None:
 
 
 def test_every_dtype_name_is_a_dtype() -> None:
-    for name, dtype in DTYPES.items():
+    for name, dtype in MODEL_DTYPES.items():
         assert Recipe.model_validate({**MINIMAL, "dtype": name}).dtype == name
         assert dtype == getattr(torch, name)
 

@@ -30,7 +30,8 @@ from mergeroute.adapters.errors import (
 )
 from mergeroute.adapters.experts import Base
 from mergeroute.adapters.module_files import INT8_FILE
-from mergeroute.adapters.recipe import Recipe, read_recipe
+from mergeroute.adapters.recipe import Recipe
+from mergeroute.adapters.recipe_file import read_recipe
 from mergeroute.runtime.calibration import input_moments
 from mergeroute.runtime.loading import load_model
 from mergeroute.runtime.rendering import Rendered

@@ -23,7 +23,7 @@ from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.energy import Spectrum
 from mergeroute.adapters.kinds import Kind
 from mergeroute.adapters.lora import Module
-from mergeroute.adapters.recipe import read_recipe
+from mergeroute.adapters.recipe_file import read_recipe
 from mergeroute.adapters.survey import Survey, Surveyed
 from mergeroute.serving.cli import main
 from mergeroute.serving.inspect_plots import draw_energy, draw_similarity

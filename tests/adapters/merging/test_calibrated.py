@@ -11,7 +11,6 @@ from torch import Tensor
 from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.errors import RecipeError
 from mergeroute.adapters.merging.calibrated import (
-    activation_energy,
     fisher,
     fisher_norm,
     regmean,
@@ -226,26 +225,3 @@ def test_regmean_refuses_what_does_not_belong_together() -> None:
         regmean_dense([delta], [moment * float("nan")])
     with pytest.raises(RecipeError, match="not positive definite"):
         regmean_dense([delta], [moment - 2 * torch.ones(4, 4)], reduction=1.0)
-
-
-@settings(deadline=None, max_examples=25)
-@given(sizes, sizes, sizes, seeds)
-def test_energies_are_those_of_the_singular_components(o: int, i: int, r: int, seed: int) -> None:
-    delta = LowRank(draw(o, r, seed=seed), draw(r, i, seed=seed + 1)).compact(rank=r)
-    x = draw(20, i, seed=seed + 2)
-    energies = activation_energy(delta, gram(x) / 20)
-    u, s, vt = torch.linalg.svd(delta.dense(), full_matrices=False)
-    for k in range(delta.rank):
-        output = x @ torch.outer(u[:, k], s[k] * vt[k]).T
-        assert float(energies[k]) == pytest.approx(
-            float(output.square().sum() / 20), rel=1e-3, abs=1e-4
-        )
-    whole = float((x @ delta.dense().T).square().sum() / 20)
-    assert float(energies.sum()) == pytest.approx(whole, rel=1e-3, abs=1e-6)
-    identity = activation_energy(delta, torch.eye(i))
-    torch.testing.assert_close(identity, s[: delta.rank].square(), rtol=1e-3, atol=1e-4)
-
-
-def test_energy_refuses_a_moment_of_another_layer() -> None:
-    with pytest.raises(ValueError, match="does not fit a delta of 4 inputs"):
-        activation_energy(LowRank(torch.ones(3, 1), torch.ones(1, 4)), torch.eye(3))
