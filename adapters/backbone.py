@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from .shapes import Shapes
 CHECKPOINT_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """Files of a checkpoint folder that are read, copied and digested. Pickles are not among them."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Backbone:
     path: folder with config.json, safetensors weights and tokenizer files.
     name: what the `model` field of a request may call it.
     digest: content digest of the checkpoint's files.
+    weights_digest: of its weights alone, by which modules know what they stand on.
     """
 
     path: Path
     name: str
     digest: str
+    weights_digest: str
 
     @classmethod
     def open(cls, source: str | Path, *, name: str | None = None) -> Backbone:
@@ -43,7 +45,13 @@ class Backbone:
             BackboneError: there is no such folder or hub id, or it holds no safetensors weights.
         """
         path = locate(source)
-        return cls(path=path, name=name or _last_part(source, path), digest=_digest(path))
+        files = file_digests(checkpoint_files(path))
+        return cls(
+            path=path,
+            name=name or _last_part(source, path),
+            digest=digest_of_files(files),
+            weights_digest=digest_of_weights(files),
+        )
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -88,11 +96,25 @@ def local_folder(source: str | Path) -> Path:
         BackboneError: neither a folder nor a hub id that can be fetched.
     """
     path = Path(source).expanduser()
-    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+    if not path.exists() and HUB_ID.fullmatch(str(source)):
         path = _fetch(str(source))
     if not path.is_dir():
         raise BackboneError(f"{source} is neither a folder nor a hub id (owner/name)")
     return path.resolve()
+
+
+def stated_folder(source: str | Path) -> Path:
+    """The folder that a recipe states: a text is an absolute path or a hub id, and never looked for
+    in the current folder.
+
+    Raises:
+        BackboneError: it is neither, or cannot be fetched.
+    """
+    if isinstance(source, Path) or Path(source).is_absolute():
+        return local_folder(source)
+    if not HUB_ID.fullmatch(source):
+        raise BackboneError(f"{source!r} is neither an absolute path nor a hub id (owner/name)")
+    return _fetch(source).resolve()
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -107,8 +129,16 @@ def digest_of_files(files: Mapping[str, str]) -> str:
     return json_digest(dict(files))
 
 
-def _digest(path: Path) -> str:
-    return digest_of_files({file.name: file_digest(file) for file in checkpoint_files(path)})
+def digest_of_weights(files: Mapping[str, str]) -> str:
+    """The digest of a checkpoint's weights from the digests of its files, by file name: another
+    chat template or tokenizer does not change it.
+    """
+    return json_digest({n: digest for n, digest in files.items() if n.endswith(".safetensors")})
+
+
+def file_digests(files: Sequence[Path]) -> dict[str, str]:
+    """The digest of each file, by its name."""
+    return {file.name: file_digest(file) for file in files}
 
 
 def _last_part(source: str | Path, path: Path) -> str:
@@ -124,6 +154,8 @@ def _fetch(hub_id: str) -> Path:
             huggingface_hub.snapshot_download(hub_id, allow_patterns=list(CHECKPOINT_PATTERNS))
         )
     except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
         raise BackboneError(
-            f"{hub_id} is not a local folder and could not be fetched from the hub: {error}"
+            f"{hub_id} is no folder here and could not be fetched from the hub ({first_line}): "
+            f"check the path, or fetch it first by 'hf download {hub_id}'"
         ) from error

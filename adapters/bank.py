@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .backbone import Backbone, checkpoint_files, digest_of_files
+from .backbone import Backbone, checkpoint_files, digest_of_files, digest_of_weights
 from .digest import file_digest, json_digest
 from .errors import BankError, ModuleError
 from .lora import Module
@@ -52,7 +52,10 @@ class BankModule:
 
 @dataclass(frozen=True)
 class Bank:
-    """An opened bank. Tensors are read when a module is loaded."""
+    """An opened bank. Tensors are read when a module is loaded.
+
+    sources: digests of the base and the experts it was built from, by name.
+    """
 
     name: str
     digest: str
@@ -61,6 +64,7 @@ class Bank:
     router_path: Path | None = None
     shared: BankModule | None = None
     recipe: Mapping[str, Any] | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -91,6 +95,7 @@ class Bank:
             router_path=folder / manifest.router if manifest.router else None,
             shared=_open_shared(folder, manifest),
             recipe=manifest.recipe,
+            sources=manifest.sources,
         )
 
     @classmethod
@@ -109,9 +114,7 @@ class Bank:
         """The module that serves a task: its own, or the one its own was folded into."""
         own = {module.name: module for module in self.modules}
         folded = {
-            member["name"]: module
-            for module in self.modules
-            for member in module.provenance.get("members", ())
+            name: module for module in self.modules for name in _folded_names(module.provenance)
         }
         return own.get(task) or folded.get(task)
 
@@ -119,9 +122,11 @@ class Bank:
         """Read one module's tensors.
 
         Raises:
-            ModuleError: it cannot be served on this backbone.
+            ModuleError: it cannot be served on this backbone, or was made for another.
         """
-        return Module.load(module.path, name=module.name, layers=self.backbone.shapes)
+        loaded = Module.load(module.path, name=module.name, layers=self.backbone.shapes)
+        loaded.check_backbone(self.backbone)
+        return loaded
 
 
 def write_bank(
@@ -172,10 +177,12 @@ def new_bank(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         BankError: `path` exists, the disk is full, or what was written cannot be opened.
     """
     target = Path(path).expanduser()
-    if target.exists() and not force:
-        raise BankError(f"{target} exists: choose another folder or force the replacement")
     if target.is_file() or (target.is_dir() and not _is_replaceable(target)):
-        raise BankError(f"{target} is no bank and will not be replaced: choose another folder")
+        raise BankError(
+            f"{target} exists, is no bank and will not be replaced: choose another folder"
+        )
+    if target.exists() and not force:
+        raise BankError(f"{target} exists: choose another folder, or --force its replacement")
     with staged(target) as folder:
         yield folder
         Bank.open(folder)  # what cannot be opened takes nobody's place
@@ -210,6 +217,15 @@ def seal(
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
+def _folded_names(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """The modules that a module was folded of, and those that they were folded of before."""
+    if provenance.get("method") == "fold":
+        yield from _folded_names(provenance.get("before", {}))
+        for member in provenance.get("members", ()):
+            yield from _folded_names(member["provenance"])
+            yield member["name"]
+
+
 def _is_replaceable(target: Path) -> bool:
     return (target / MANIFEST).is_file() or not any(target.iterdir())
 
@@ -230,12 +246,18 @@ def _open_backbone(folder: Path, manifest: Manifest) -> Backbone:
     files = {n.removeprefix(prefix): f for n, f in manifest.files.items() if n.startswith(prefix)}
     if "config.json" not in files:
         raise BankError(f"{folder / entry.folder} holds no config.json: the bank is incomplete")
-    digest = digest_of_files({name: file.digest for name, file in files.items()})
+    digests = {name: file.digest for name, file in files.items()}
+    digest = digest_of_files(digests)
     if digest != entry.digest:
         raise BankError(
             f"{folder / entry.folder} has digest {digest}, the manifest says {entry.digest}"
         )
-    return Backbone(path=(folder / entry.folder).resolve(), name=entry.name, digest=digest)
+    return Backbone(
+        path=(folder / entry.folder).resolve(),
+        name=entry.name,
+        digest=digest,
+        weights_digest=digest_of_weights(digests),
+    )
 
 
 def _open_module(folder: Path, manifest: Manifest, entry: ModuleEntry) -> BankModule:

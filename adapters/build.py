@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -14,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backbone import checkpoint_files, digest_of_files
+from .backbone import checkpoint_files, digest_of_files, digest_of_weights, file_digests
 from .bank import Bank, BankModule, copy_files, new_bank, seal
 from .checkpoint import MODEL_DTYPES, Checkpoint
 from .delta import LowRank
-from .digest import file_digest
 from .errors import RecipeError
-from .experts import Base, Expert, FullExpert, open_expert
+from .experts import Base, Expert, open_expert, source_digest
 from .kinds import Kind
 from .lora import Module
-from .manifest import BackboneEntry
+from .manifest import RESERVED_NAMES, BackboneEntry
 from .merge import Merger, Statistics
 from .merging.stack import rows_per_block
 from .module_files import module_files
@@ -33,6 +33,8 @@ from .twin import Extracted, Source, extract, matrices, own_factors
 
 MODULE_DTYPES = {**MODEL_DTYPES, "int8": torch.int8}
 
+_NO_BACKBONE = {*RESERVED_NAMES} - {"backbone", "base"}
+"""What a backbone cannot be called; two of the reserved names mean it in any case."""
 
 Progress = Callable[[str, int], Callable[[], None]]
 """Told that a stage of so many steps begins; what it returns is called after each step."""
@@ -89,15 +91,18 @@ def build(
         calibrated = _calibrated(recipe, base, experts, tools)
         merger = Merger(base, experts, recipe, calibrated.statistics, tools.device)
         check_shared(recipe, merger)
-        backbone = _write_backbone(folder / "backbone", merger, tools.progress)
+        backbone, weights_digest = _write_backbone(folder / "backbone", merger, tools.progress)
         shared = merger.shared_deltas() if merger.is_factored else None
         if recipe.shared == "module":
             _save_shared(folder, shared or {})
-        source = Source(base, Checkpoint.open(folder / "backbone"), shared, tools.device)
+        opened = Checkpoint.open(folder / "backbone")
+        source = Source(base, opened, _changed(merger), shared, tools.device)
+        backbones = (weights_digest, *_kept_base(base, recipe))
         modules = []
         if recipe.modules.method != "none":
             for entry, expert in zip(recipe.experts, experts, strict=True):
                 found = _extracted(expert, source, recipe, calibrated, tools.progress)
+                found = replace(found, module=replace(found.module, backbones=backbones))
                 modules.append(_save_module(folder, entry, expert, found, recipe))
         if recipe.router is not None:
             _write_router(folder, tools)
@@ -117,18 +122,14 @@ def open_sources(recipe: Recipe, *, progress: Progress = _silent) -> tuple[Base,
 
     Raises:
         BackboneError, CheckpointError, ModuleError: one is missing, damaged or of another base.
-        RecipeError: an expert equals the base.
+        RecipeError: an expert equals the base, or differs only in what the recipe leaves out.
     """
     base = Base.open(recipe.base)
     step = progress("experts", len(recipe.experts))
     experts = []
     for entry in recipe.experts:
         expert = open_expert(entry.name, entry.path, base)
-        if isinstance(expert, FullExpert) and not _differs(expert, base):
-            raise RecipeError(
-                f"expert {entry.name!r} equals the base: every delta is zero. Is {entry.path} the "
-                "right folder?"
-            )
+        _check_differs(expert, base, recipe)
         experts.append(expert)
         step()
     return base, experts
@@ -163,16 +164,51 @@ def check_shared(recipe: Recipe, merger: Merger) -> None:
         )
 
 
-def _differs(expert: FullExpert, base: Base) -> bool:
-    """Whether any tensor differs; stops at the first that does."""
-    for name, info in base.checkpoint.tensors.items():
-        rows = rows_per_block(info.columns)
-        for start in range(0, info.rows, rows) if expert.changes(name) else ():
-            ours = base.checkpoint.read_rows(name, start, start + rows)
-            theirs = expert.checkpoint.read_rows(name, start, start + rows)
-            if not torch.equal(ours.float(), theirs.float()):
-                return True
+def _check_differs(expert: Expert, base: Base, recipe: Recipe) -> None:
+    """Refuse an expert that neither backbone nor module would learn of."""
+    used = {name: _is_used(p.kind, recipe) for name, p in base.parameters.items()}
+    if any(is_used and _differs(expert, base, name) for name, is_used in used.items()):
+        return
+    left_out = (name for name, is_used in used.items() if not is_used)
+    if (name := next((n for n in left_out if _differs(expert, base, n)), None)) is None:
+        raise RecipeError(
+            f"expert {expert.name!r} equals the base: every delta is zero. Is {expert.path} the "
+            "right folder?"
+        )
+    raise RecipeError(
+        f"expert {expert.name!r} differs from the base only in what this recipe leaves out, as "
+        f"{name!r} of kind {base.parameters[name].kind}: keep that kind under kinds, or by a "
+        "merge, or leave the expert out"
+    )
+
+
+def _is_used(kind: Kind, recipe: Recipe) -> bool:
+    """Whether the merge takes a kind, or modules keep it."""
+    if kind in (Kind.LINEAR, Kind.BUFFER):
+        return kind is Kind.LINEAR
+    setting = recipe.kinds.model_dump().get(kind, "shared")
+    return bool(setting != "drop" and (setting != "shared" or recipe.backbone.method != "none"))
+
+
+def _differs(expert: Expert, base: Base, name: str) -> bool:
+    """Whether a parameter differs; stops at the first block of rows that does."""
+    info = base.checkpoint.tensors[name]
+    if not expert.changes(name) or not info.dtype.is_floating_point:
+        return False
+    rows = rows_per_block(info.columns)
+    for start in range(0, info.rows, rows):
+        stop = min(start + rows, info.rows)
+        ours = base.checkpoint.read_rows(name, start, stop).float()
+        if expert.delta_rows(name, start, stop, ours).any():
+            return True
     return False
+
+
+def _changed(merger: Merger) -> frozenset[str]:
+    """The parameters that the merge may have changed."""
+    if merger.method.space == "none":
+        return frozenset()
+    return frozenset(n for n in merger.names if any(e.changes(n) for e in merger.experts))
 
 
 def _calibrated(
@@ -185,16 +221,27 @@ def _calibrated(
     return tools.calibrate(base, experts)
 
 
-def _write_backbone(folder: Path, merger: Merger, progress: Progress) -> BackboneEntry:
-    """Write the backbone and the base's other files; its entry in the manifest."""
+def _write_backbone(folder: Path, merger: Merger, progress: Progress) -> tuple[BackboneEntry, str]:
+    """Write the backbone and the base's other files; its entry in the manifest, and the digest of
+    its weights.
+    """
     others = [f for f in checkpoint_files(merger.base.path) if not _is_weights(f)]
     copy_files(others, folder)
     step = progress(f"backbone by {merger.recipe.backbone.method}", len(merger.names))
     merger.write_backbone(folder, on_parameter=step)
     if merger.recipe.dtype is not None:
         _state_dtype(folder / "config.json", merger.recipe.dtype)
-    digest = digest_of_files({f.name: file_digest(f) for f in checkpoint_files(folder)})
-    return BackboneEntry(name=_backbone_name(merger.recipe), folder="backbone", digest=digest)
+    files = file_digests(checkpoint_files(folder))
+    name, digest = _backbone_name(merger.recipe), digest_of_files(files)
+    return BackboneEntry(name=name, folder="backbone", digest=digest), digest_of_weights(files)
+
+
+def _kept_base(base: Base, recipe: Recipe) -> tuple[str, ...]:
+    """The digest of the base's weights where the backbone is the base, written anew: modules stand
+    on either.
+    """
+    is_kept = recipe.backbone.method == "none" or recipe.shared == "module"
+    return (base.weights_digest,) if is_kept else ()
 
 
 def _state_dtype(config: Path, dtype: str) -> None:
@@ -205,10 +252,21 @@ def _state_dtype(config: Path, dtype: str) -> None:
 
 
 def _backbone_name(recipe: Recipe) -> str:
-    """The base's name when it is kept, else the bank's with a suffix."""
-    if recipe.backbone.method == "none":
-        return Path(recipe.base).name
-    return f"{recipe.name}-backbone"[:64]
+    """The base's name when it is kept, else the bank's with `-backbone`.
+
+    Requests know bank, backbone and modules by name. The user has no say in this one, so that a
+    reserved name gets `-backbone` too, a taken one a number, and characters that names may not hold
+    become `-`.
+    """
+    taken = {recipe.name}
+    if recipe.modules.method != "none":
+        taken |= {expert.name for expert in recipe.experts}
+    name = f"{recipe.name}-backbone"
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(recipe.base).name).strip("._-")
+    if recipe.backbone.method == "none" and base:
+        name = f"{base}-backbone" if base in _NO_BACKBONE else base
+    suffixes = ("", *(f"-{k}" for k in range(2, len(taken) + 3)))
+    return next(n for suffix in suffixes if (n := name[: 64 - len(suffix)] + suffix) not in taken)
 
 
 def _is_weights(file: Path) -> bool:
@@ -219,11 +277,11 @@ def _extracted(
     expert: Expert, source: Source, recipe: Recipe, calibrated: Calibrated, progress: Progress
 ) -> Extracted:
     if recipe.modules.method == "lora":
-        return own_factors(expert)
+        return own_factors(expert, recipe.kinds)
     moments = calibrated.moments(expert) if recipe.modules.fit == "outputs" else None
     total = len(matrices(expert, source, recipe.kinds))
     step = progress(f"module {expert.name}", total)
-    return extract(expert, source, recipe.modules, recipe.kinds, moments=moments, on_layer=step)
+    return extract(expert, source, recipe, moments=moments, on_layer=step)
 
 
 def _save_module(
@@ -293,16 +351,4 @@ def _beside(work: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
 
 
 def _source_digests(base: Base, experts: Sequence[Expert]) -> dict[str, str]:
-    digests = {"base": _digest(checkpoint_files(base.path))}
-    for expert in experts:
-        files = (
-            checkpoint_files(expert.path)
-            if isinstance(expert, FullExpert)
-            else module_files(expert.path)
-        )
-        digests[expert.name] = _digest(files)
-    return digests
-
-
-def _digest(files: Sequence[Path]) -> str:
-    return digest_of_files({file.name: file_digest(file) for file in files})
+    return {"base": source_digest(base)} | {e.name: source_digest(e) for e in experts}

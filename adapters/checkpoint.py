@@ -142,7 +142,7 @@ def _shards(path: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: {error}") from error
     for name in names:
         if Path(name).name != name or not (path / name).is_file():

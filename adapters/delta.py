@@ -45,6 +45,10 @@ class LowRank:
         """Bytes of both factors."""
         return self.left.nbytes + self.right.nbytes
 
+    def equals(self, other: LowRank) -> bool:
+        """Whether both have the same factors, entry for entry."""
+        return torch.equal(self.left, other.left) and torch.equal(self.right, other.right)
+
     def apply(self, x: Tensor) -> Tensor:
         """x [..., i] to its change [..., o]."""
         return (x @ self.right.T) @ self.left.T

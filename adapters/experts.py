@@ -5,19 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .backbone import local_folder, locate
+from .backbone import (
+    checkpoint_files,
+    digest_of_files,
+    digest_of_weights,
+    file_digests,
+    locate,
+    stated_folder,
+)
 from .checkpoint import Checkpoint, all_finite
 from .delta import LowRank
 from .errors import BackboneError, CheckpointError, ModuleError
 from .kinds import Kind, Parameter, classify, empty_model
 from .lora import CONFIG_FILE, Module
 from .merging.stack import rows_per_block
+from .module_files import module_files
 from .shapes import Shapes
 
 _COMMON = (
@@ -29,8 +38,24 @@ _COMMON = (
     "num_attention_heads",
     "num_key_value_heads",
     "tie_word_embeddings",
+    "head_dim",
 )
 """What the configurations of base and experts agree in."""
+
+_BEHAVIOUR = (
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "sliding_window",
+    "rope_parameters",
+    "rope_theta",
+)
+"""What they agree in, too: where these differ, the same weights are another model. An architecture
+has some of them.
+"""
 
 _BUFFER = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 """What older versions of transformers stored beside the parameters."""
@@ -75,7 +100,7 @@ class Base:
         Raises:
             BackboneError: it is no causal language model, quantised, or its files are damaged.
         """
-        path = locate(source)
+        path = locate(stated_folder(source))
         model = empty_model(path)
         if getattr(model.config, "quantization_config", None):
             raise BackboneError(f"{path} is quantised: merge the bfloat16 checkpoint it came from")
@@ -99,6 +124,16 @@ class Base:
     def is_tied_copy(self, parameter: str) -> bool:
         """Whether it is the head's weight, stored beside the embedding it is tied to."""
         return parameter == _tied_copy(self.shapes)
+
+    @cached_property
+    def files(self) -> Mapping[str, str]:
+        """The digest of each of its files, by name; all are read, once."""
+        return file_digests(checkpoint_files(self.path))
+
+    @property
+    def weights_digest(self) -> str:
+        """Digest of its weights, by which modules know what they stand on."""
+        return digest_of_weights(self.files)
 
 
 @dataclass(frozen=True)
@@ -160,9 +195,10 @@ def open_expert(name: str, source: str | Path, base: Base) -> Expert:
         BackboneError, CheckpointError, ModuleError: it is missing, damaged or of another base.
     """
     try:
-        path = local_folder(source)
+        path = stated_folder(source)
         if (path / CONFIG_FILE).is_file():
             module = Module.load(path, name=name, layers=base.shapes)
+            module.check_backbone(base)
             _check_ties(module, base.shapes)
             return LoraExpert(name, path, module, base.parameters)
         path = locate(path)
@@ -177,18 +213,34 @@ def open_expert(name: str, source: str | Path, base: Base) -> Expert:
     return FullExpert(name, path, checkpoint)
 
 
+def source_digest(source: Base | Expert) -> str:
+    """Content digest of a base's or an expert's files, by which a bank knows what it was built
+    from.
+    """
+    if isinstance(source, Base):
+        return digest_of_files(source.files)
+    is_folder = isinstance(source, LoraExpert)
+    files = module_files(source.path) if is_folder else checkpoint_files(source.path)
+    return digest_of_files(file_digests(files))
+
+
 def _check_config(name: str, path: Path, base: Base) -> None:
     for key, theirs in _common(empty_model(path)).items():
         if theirs != (ours := base.config[key]):
+            remedy = " (where it is harmless, state it alike in config.json)"
             raise BackboneError(
                 f"expert {name!r} has {key} {theirs!r}, the base {base.path} has {ours!r}: only "
-                "models of one base can be merged"
+                f"models of one base can be merged{remedy if key in _BEHAVIOUR else ''}"
             )
 
 
 def _common(model: Any) -> dict[str, object]:  # noqa: ANN401 - transformers is untyped
     config = model.config.get_text_config()
-    return {key: getattr(config, key, None) for key in _COMMON}
+    found = {key: getattr(config, key, None) for key in (*_COMMON, *_BEHAVIOUR)}
+    heads = found["num_attention_heads"]
+    if found["head_dim"] is None and heads:
+        found["head_dim"] = config.hidden_size // heads  # what an absent one means
+    return found
 
 
 def _tied_copy(shapes: Shapes) -> str | None:
@@ -220,15 +272,11 @@ def _check_ties(module: Module, shapes: Shapes) -> None:
     if shapes.tied is None:
         return
     embedding, head = (module.resolved(shapes).get(layer) for layer in shapes.tied)
-    if embedding is not head and not (embedding and head and _is_same(embedding, head)):
+    if embedding is not head and not (embedding and head and embedding.equals(head)):
         raise ModuleError(
             f"expert {module.name!r} changes one of {shapes.tied[0]!r} and {shapes.tied[1]!r}, "
             "which share one weight: train with ensure_weight_tying, or on the inner layers"
         )
-
-
-def _is_same(one: LowRank, other: LowRank) -> bool:
-    return torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
 
 
 def _check_tensors(name: str, checkpoint: Checkpoint, base: Base) -> None:

@@ -91,7 +91,8 @@ def fold(
     progress: Progress = lambda stage, total: lambda: None,
 ) -> Bank:
     """Write a bank whose modules are fewer or smaller. Backbone, shared module, recipe and sources
-    are carried over; so is the router, which is told where modules have gone.
+    are carried over; so is the router, which is told where modules have gone. Every module that is
+    written anew says in its provenance how it was folded, and of which bank.
 
     Raises:
         BankError: a number is out of range, the bank has no modules, or `out` is taken or the bank
@@ -242,7 +243,7 @@ def _join(folding: _Folding, pool: Sequence[_Member], name: str) -> BankModule:
         description="; ".join(m.entry.description for m in pool if m.entry.description),
         samples=tuple(sample for member in pool for sample in member.entry.samples),
         provenance={
-            **_report(stored, path, method=method, dtype=dtype),
+            **_report(folding, stored, path, dtype=dtype),
             "error": max(errors),
             "members": [
                 {"name": m.entry.name, "error": error, "provenance": m.entry.provenance}
@@ -264,7 +265,7 @@ def _shrink(folding: _Folding) -> tuple[list[BankModule], dict[str, str]]:
         small = shrink_module(member.module, own, method)
         stored = _save(small, path, base=_base_of(member.entry.path), dtype=member.dtype)
         report = {
-            **_report(stored, path, method=method, dtype=member.dtype),
+            **_report(folding, stored, path, dtype=member.dtype),
             "error": relative_error(stored, member.module, shapes),
             "before": member.entry.provenance,
         }
@@ -284,12 +285,17 @@ def _base_of(folder: Path) -> str:
     return str(config.get("base_model_name_or_path") or "")
 
 
-def _report(module: Module, path: Path, *, method: FoldMethod, dtype: str) -> dict[str, Any]:
-    """How a module came about, in the words that a build uses where they are the same."""
+def _report(folding: _Folding, module: Module, path: Path, *, dtype: str) -> dict[str, Any]:
+    """How a module came about, in the words that a build uses where they are the same; with the
+    fold's settings and the digest of the bank that was folded.
+    """
+    settings = folding.settings
     ranks = [delta.rank for delta in module.deltas.values()]
+    measure = {"bytes": settings.nbytes} if settings.to is None else {"to": settings.to}
     return {
         "method": "fold",
-        "folded_by": method,
+        "folded_by": settings.method,
+        "fold": {**measure, "method": settings.method, "bank": folding.bank.digest},
         "dtype": dtype,
         "ranks": [min(ranks, default=0), max(ranks, default=0)],
         "bytes": sum(file.stat().st_size for file in module_files(path)[1:]),

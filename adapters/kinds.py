@@ -10,10 +10,24 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import BackboneError
+
+_UNUSABLE = (
+    ValueError,
+    LookupError,
+    OSError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,  # RecursionError among it
+    StrictDataclassError,
+)
+"""What transformers and torch raise of configurations that make no model."""
 
 
 class Kind(StrEnum):
@@ -58,7 +72,7 @@ def empty_model(path: Path) -> Any:  # noqa: ANN401 - transformers is untyped
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
+    except _UNUSABLE as error:
         raise BackboneError(f"{path} is no causal language model: {error}") from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,21 @@ from .errors import ModuleError
 from .module_check import check_kind, check_layer, check_vector
 from .module_files import CONFIG_FILE as CONFIG_FILE
 from .module_files import WEIGHTS_FILE as WEIGHTS_FILE
-from .module_files import read_factors, read_vectors, write_factors, write_vectors
+from .module_files import Statements, read_factors, read_vectors, write_factors, write_vectors
 from .peft_config import fold, read_config, ties_head
 from .shapes import Shapes
+
+
+class Standing(Protocol):
+    """What a module can stand on: a backbone, or the base of a build."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+
+    @property
+    def weights_digest(self) -> str:
+        """Digest of its weights."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class Module:
     embeddings: which of the deltas change an embedding.
     ties_head: where embedding and head share one weight, the embedding's delta counts for both;
     False leaves the head as it is, which is what PEFT trains unless told otherwise.
+    backbones: digests of the weights that it was made to stand on, any of them; empty: unknown.
     """
 
     name: str
@@ -71,10 +84,13 @@ class Module:
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
     ties_head: bool = True
+    backbones: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
-        """Content digest of names, factors and vectors; the module's name is not part of it."""
+        """Content digest of names, factors and vectors; neither the module's name nor what it
+        stands on is part of it.
+        """
         return tensors_digest(self._content())
 
     @property
@@ -114,8 +130,9 @@ class Module:
             layer: fold(layer, pair, is_table=layer in embeddings, config=config, folder=folder)
             for layer, pair in factors.pairs.items()
         }
-        stated = factors.ties_head if factors.ties_head is not None else ties_head(config)
-        return cls(name, deltas, vectors, embeddings, stated if embeddings else True)
+        said = factors.stated
+        ties = ties_head(config) if said.ties_head is None else said.ties_head
+        return cls(name, deltas, vectors, embeddings, ties if embeddings else True, said.backbones)
 
     def check(self, layers: Shapes | Mapping[str, tuple[int, int]]) -> None:
         """Refuse a module that does not fit the layers or would do nothing.
@@ -137,6 +154,19 @@ class Module:
                 "Was it saved before training, or is it the wrong folder?"
             )
 
+    def check_backbone(self, backbone: Standing) -> None:
+        """Refuse to stand on other weights than those it was made for, where it says which.
+
+        Raises:
+            ModuleError: it names both.
+        """
+        if self.backbones and backbone.weights_digest not in self.backbones:
+            raise ModuleError(
+                f"module {self.name!r} was made for weights {' or '.join(self.backbones)}, those "
+                f"of {backbone.path} are {backbone.weights_digest}: another base, or an edited "
+                "one; use it on the backbone it was made for"
+            )
+
     def resolved(self, shapes: Shapes) -> dict[str, LowRank]:
         """The delta of every matrix of a model: the embedding's stands for a tied head too.
 
@@ -148,7 +178,7 @@ class Module:
             return deltas
         embedding, head = shapes.tied
         given = deltas.setdefault(head, deltas[embedding])
-        if not _is_same(given, deltas[embedding]):
+        if not given.equals(deltas[embedding]):
             raise ModuleError(
                 f"module {self.name!r} changes {embedding!r} and {head!r}, which share one weight, "
                 "in two ways: give both the same factors and alpha, or leave one out"
@@ -184,8 +214,8 @@ class Module:
             ModuleError: no such dtype.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        stated = self.ties_head if self.embeddings else None
-        write_factors(folder, self._named_factors(), dtype=dtype, ties_head=stated)
+        stated = Statements(self.ties_head if self.embeddings else None, self.backbones)
+        write_factors(folder, self._named_factors(), dtype=dtype, stated=stated)
         write_vectors(folder, self.vectors)
         text = json.dumps(self._peft_config(base), indent=2, sort_keys=True)
         (folder / CONFIG_FILE).write_text(text + "\n")
@@ -239,7 +269,3 @@ class Module:
 
 def _norm(vector: Tensor) -> float:
     return float(vector.double().norm())
-
-
-def _is_same(one: LowRank, other: LowRank) -> bool:
-    return torch.equal(one.left, other.left) and torch.equal(one.right, other.right)

@@ -129,11 +129,13 @@ class Merger:
             for index, start in enumerate(range(0, info.rows, rows)):
                 yield self._block(name, start, min(start + rows, info.rows), weights, index)
 
+        parameter = self.base.parameters[name]
         context = Context(
             name=name,
             experts=tuple(expert.name for expert in self.experts),
             seed=self.recipe.seed,
-            depth=self.base.parameters[name].depth,
+            depth=parameter.depth,
+            is_transposed=parameter.is_transposed or parameter.kind is Kind.EMBEDDING,
         )
         size = 4 * len(self.experts) * info.rows * info.columns
         if size <= CACHED_BYTES:

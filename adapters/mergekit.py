@@ -68,6 +68,8 @@ def from_mergekit(document: Mapping[str, Any], *, source: str) -> dict[str, Any]
     names, defaults = _METHODS[method]
     stated = {**defaults, **_shared_parameters(models, common, names, fail)}
     weights = [_weight(model, common, fail) for model in models]
+    if method == "sce":
+        weights = [1.0] * len(models)  # mergekit does not read them there
     if method == "linear":
         weights = _shares(weights, stated, fail)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ INT8_FILE = "adapter_int8.safetensors"
 VECTORS_FILE = "adapter_vectors.safetensors"
 
 _PREFIX = "base_model.model."
+_STATEMENTS = "mergeroute"
 _TIES_HEAD = "ties_head"
+_BACKBONES = "backbones"
 _LEVELS = 127
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PEFT_FACTOR = re.compile(
@@ -32,18 +35,59 @@ _INT8_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?:(?P<side>[AB])|embedding_(?P<
 _SCALES = "scales"
 
 
+@dataclass(frozen=True)
+class Statements:
+    """What folders of ours say beside PEFT's configuration, which takes no keys but its own.
+
+    ties_head: of modules with embeddings; None where nothing is stated.
+    backbones: digests of the weights that the module was made to stand on.
+    """
+
+    ties_head: bool | None = None
+    backbones: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> Statements:
+        """What a file's metadata says; folders of before backbones were recorded say `ties_head`
+        alone.
+
+        Raises:
+            ModuleError: it is damaged.
+        """
+        try:
+            said = json.loads(metadata.get(_STATEMENTS, "{}"))
+            backbones = tuple(str(digest) for digest in said.get(_BACKBONES, ()))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ModuleError(f"the metadata {_STATEMENTS!r} is damaged: {error}") from error
+        if _TIES_HEAD in metadata:
+            return cls(metadata[_TIES_HEAD] == "true", backbones)
+        return cls(bool(said[_TIES_HEAD]) if _TIES_HEAD in said else None, backbones)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The same as a file's metadata. One key alone: safetensors writes several in any order,
+        and the same module other bytes.
+        """
+        said: dict[str, object] = {}
+        if self.ties_head is not None:
+            said[_TIES_HEAD] = self.ties_head
+        if self.backbones:
+            said[_BACKBONES] = self.backbones
+        return {_STATEMENTS: json.dumps(said, sort_keys=True)} if said else {"format": "pt"}
+
+
 @dataclass
 class Factors:
     """The factors of a folder, float32.
 
     pairs: layer name to {"A": [r, i], "B": [o, r]}; of an embedding {"A": [r, V], "B": [d, r]}.
     embeddings: which of the layers are embeddings.
-    ties_head: what folders of ours with embeddings state; None where nothing is stated.
+    stated: what folders of ours say beside them.
     """
 
     pairs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
-    ties_head: bool | None = None
+    stated: Statements = Statements()
 
     def put(self, match: re.Match[str], tensor: Tensor) -> None:
         """Add the factor that a tensor's name speaks of.
@@ -108,10 +152,9 @@ def read_factors(folder: Path) -> Factors:
         else:
             factors = _peft_factors(tensors)
             _check_frozen(frozen, factors)
+        factors.stated = Statements.read(metadata)
     except ModuleError as error:
         raise ModuleError(f"{path}: {error}") from error
-    if _TIES_HEAD in metadata:
-        factors.ties_head = metadata[_TIES_HEAD] == "true"
     return factors
 
 
@@ -141,25 +184,21 @@ def write_factors(
     factors: Iterable[tuple[str, Tensor]],
     *,
     dtype: torch.dtype,
-    ties_head: bool | None = None,
+    stated: Statements = Statements(),
 ) -> None:
     """Write factors, `<layer>.lora_A` and so on, in the place of those that are there.
 
     dtype: int8 writes our own file, a float dtype PEFT's.
-    ties_head: what to state of a tied head; None states nothing.
+    stated: what to say beside them.
 
     Raises:
         ModuleError: no such storage.
     """
     if dtype not in (*_FLOATS, torch.int8):
         raise ModuleError(f"factors cannot be stored as {dtype}: choose a float dtype or int8")
-    # One key alone: safetensors writes several in any order, and the same module other bytes.
-    metadata = {"format": "pt"}
-    if ties_head is not None:
-        metadata = {_TIES_HEAD: "true" if ties_head else "false"}
     is_int8 = dtype == torch.int8
     tensors = dict(_quantised(factors) if is_int8 else _as_peft(factors, dtype))
-    save_file(tensors, folder / (INT8_FILE if is_int8 else WEIGHTS_FILE), metadata=metadata)
+    save_file(tensors, folder / (INT8_FILE if is_int8 else WEIGHTS_FILE), metadata=stated.metadata)
     (folder / (WEIGHTS_FILE if is_int8 else INT8_FILE)).unlink(missing_ok=True)
 
 

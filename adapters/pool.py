@@ -94,7 +94,9 @@ def merge_modules(
         raise BankError(f"modules {names} cancel each other out: fold to a larger number")
     embeddings = frozenset().union(*(member.embeddings for member in members)) & deltas.keys()
     ties_head = all(member.ties_head for member in members)
-    return _with_tied_head(Module(name, deltas, vectors, embeddings, ties_head), shapes)
+    backbones = (b for b in members[0].backbones if all(b in m.backbones for m in members))
+    module = Module(name, deltas, vectors, embeddings, ties_head, tuple(backbones))
+    return _with_tied_head(module, shapes)
 
 
 def without_double_head(module: Module, shapes: Shapes) -> Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -11,10 +12,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from .errors import RecipeError
 from .manifest import check_name
 from .merging.methods import find_method, validated_parameters
 
@@ -70,8 +74,10 @@ class ExpertEntry(_Strict):
 class Lines(_Strict):
     """LiNeS: the merged change is scaled by alpha + beta * depth."""
 
-    alpha: float | None = Field(None, description="at depth 0; default: by the norms of the deltas")
-    beta: float = Field(description="how much more at the last block")
+    alpha: float | None = Field(
+        None, allow_inf_nan=False, description="at depth 0; default: by the norms of the deltas"
+    )
+    beta: float = Field(allow_inf_nan=False, description="how much more at the last block")
 
 
 class BackboneSettings(BaseModel):
@@ -85,6 +91,8 @@ class BackboneSettings(BaseModel):
     @model_validator(mode="after")
     def _check_parameters(self) -> Self:
         validated_parameters(self.method, self.model_extra or {})
+        if self.method == "none" and self.lines is not None:
+            raise ValueError("lines scales a merged change and method none has none: remove it")
         return self
 
     @property
@@ -194,7 +202,22 @@ class RouterSection(_Strict):
             raise ValueError("scorer prototype needs data: a JSON lines file of prompts and tasks")
         if self.scorer == "fixed" and self.blend is None:
             raise ValueError("scorer fixed needs blend: name=weight, joined by commas")
+        for key in sorted(self.model_fields_set & self._unused):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} means nothing to scorer {self.scorer}: remove it")
         return self
+
+    @property
+    def _unused(self) -> frozenset[str]:
+        """The keys that the scorer does not look at."""
+        if self.scorer == "fixed":
+            return frozenset({"signal", "policy", "data", "none"})
+        return frozenset({"blend"})
+
+    @model_serializer(mode="wrap")
+    def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without defaults that the scorer does not look at: what is written can be read again."""
+        return {key: value for key, value in serialise(self).items() if key not in self._unused}
 
 
 class Recipe(_Strict):
@@ -226,6 +249,7 @@ class Recipe(_Strict):
         self._check_names()
         self._check_weights()
         self._check_modules()
+        _check_parameters(self.backbone, [expert.name for expert in self.experts])
         if self.shared == "none" and self.backbone.method != "none":
             raise ValueError("shared none keeps the base: set backbone: {method: none} too")
         needs = find_method(self.backbone.method).needs
@@ -284,4 +308,33 @@ class Recipe(_Strict):
             raise ValueError(
                 "modules: {method: lora} keeps factors that stand on the base: set backbone: "
                 "{method: none}, or use method svd"
+            )
+
+
+def _check_parameters(backbone: BackboneSettings, experts: Sequence[str]) -> None:
+    """What a method's parameters must be together, or beside the experts.
+
+    Raises:
+        RecipeError: they do not fit.
+    """
+    method, stated = backbone.method, backbone.parameters
+    if method == "mwa" and len(stated["losses"]) != len(experts):
+        raise RecipeError(
+            f"mwa: {len(stated['losses'])} losses for {len(experts)} experts: give one for each, "
+            "in their order"
+        )
+    if method == "layer_swap":
+        for key in ("outer", "inner"):
+            if stated[key] not in experts:
+                raise RecipeError(
+                    f"layer_swap: {stated[key]!r} is no expert, {key} is one of "
+                    f"{', '.join(experts)}"
+                )
+    if method in ("della", "della_linear") and stated["density"] < 1:
+        low, high = (stated["density"] + sign * stated["epsilon"] for sign in (-1, 1))
+        if low <= 0 or high > 1:
+            raise RecipeError(
+                f"{method}: density {stated['density']:g} with epsilon {stated['epsilon']:g} keeps "
+                f"entries with probabilities from {low:g} to {high:g}, they must lie in (0, 1]: "
+                "choose a smaller epsilon"
             )

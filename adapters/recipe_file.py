@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .backbone import HUB_ID
 from .errors import RecipeError
 from .mergekit import from_mergekit
 from .recipe import Recipe
@@ -23,10 +24,7 @@ def read_recipe(path: str | Path) -> Recipe:
         RecipeError: it is no YAML, or a key is unknown, missing or out of range.
     """
     file = Path(path).expanduser()
-    try:
-        document = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{file} cannot be read as YAML: {error}") from error
+    document = _read_yaml(file)
     if not isinstance(document, dict):
         raise RecipeError(f"{file} is no mapping of keys: see docs/build.md for a recipe")
     if "merge_method" in document:
@@ -40,12 +38,42 @@ def read_recipe(path: str | Path) -> Recipe:
     return resolved(recipe, file.parent)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may stand twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"the mapping at line {line} holds {key!r} twice: keep one")
+    mapping: dict[Any, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _read_yaml(file: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+    if not file.is_file():
+        what = "is a folder: name the recipe in it" if file.is_dir() else "does not exist"
+        raise RecipeError(f"{file} {what}")
+    try:
+        text = file.read_text("utf-8")
+        return yaml.load(text, _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        remedy = " (tabs cannot indent YAML: use spaces)" if "'\\t'" in str(error) else ""
+        raise RecipeError(f"{file} cannot be read as YAML: {error}{remedy}") from error
+
+
 def resolved(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with its relative paths made absolute; hub ids stay."""
 
     def source(text: str) -> str:
         path = folder / Path(text).expanduser()
-        return str(path.resolve()) if path.exists() or text.startswith((".", "~", "/")) else text
+        is_hub_id = HUB_ID.fullmatch(text) is not None and not text.startswith((".", "~", "/"))
+        return text if is_hub_id and not path.exists() else str(path.resolve())
 
     def data(text: str | None) -> str | None:
         return None if text is None else str((folder / Path(text).expanduser()).resolve())
@@ -76,6 +104,10 @@ def _explained(error: ValidationError) -> str:
         return f"{key} is unknown; {_allowed(first['loc'][:-1])}"
     if first["type"] == "missing":
         return f"{key} is missing"
+    if first["type"].startswith("model_") or first["type"] == "dict_type":
+        return f"{key} is {first['input']!r}, keys are needed; {_allowed(first['loc'])}"
+    if first["type"] == "too_short":
+        return f"{key} is empty: list at least one, {{name: ..., path: ...}}"
     return f"{key}: {message}" + (f" (it is {first['input']!r})" if _is_plain(first) else "")
 
 

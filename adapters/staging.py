@@ -28,7 +28,7 @@ def staged(target: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             yield folder
-            folder.chmod(0o755)
+            _open_to_readers(folder)
             _put(folder, target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -37,6 +37,13 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         for parent in made:
             _remove_empty(parent)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Let others read what is written: who builds is often not who serves."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _put(folder: Path, target: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .kinds import Kind, Parameter
 from .lego import lego
 from .lora import Module
 from .ranks import fixed_rank, spend
-from .recipe import KindSettings, ModuleSettings
+from .recipe import KindSettings, ModuleSettings, Recipe
 from .truncation import distance, on, spectrum, truncated
 
 _ROUNDING = 2e-7
@@ -31,13 +31,15 @@ Change = Tensor | LowRank
 class Source:
     """What exclusive parts are taken against.
 
-    base, backbone: before and after the merge. shared: the merged change of each linear layer in
-    factors, when all experts are LoRAs and the merge keeps them so: their exclusive parts are then
-    found without any dense matrix.
+    base, backbone: before and after the merge. changed: the parameters in which they may differ by
+    more than the backbone's dtype. shared: the merged change of each linear layer in factors, when
+    all experts are LoRAs and the merge keeps them so: their exclusive parts are then found without
+    any dense matrix.
     """
 
     base: Base
     backbone: Checkpoint
+    changed: frozenset[str]
     shared: Mapping[str, LowRank] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -58,14 +60,14 @@ class Extracted:
 def extract(
     expert: Expert,
     source: Source,
-    settings: ModuleSettings,
-    kinds: KindSettings,
+    recipe: Recipe,
     *,
     moments: Mapping[str, Tensor] | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Extracted:
     """Compress an expert's exclusive part, expert minus backbone, into a module.
 
+    recipe: how the modules and kinds are kept, and the seed of what is random.
     moments: mean of x xᵀ of the inputs [i, i] of each linear layer on the expert's prompts, for
     `fit: outputs`. on_layer: called after each matrix.
 
@@ -75,10 +77,11 @@ def extract(
     Source: Lu et al. 2024, Twin-Merging, arXiv:2406.15479, section 3: the exclusive part is taken
     against the merged backbone.
     """
-    reader = _Reader(expert, source, settings, moments or {})
-    parameters = matrices(expert, source, kinds)
-    vectors = reader.vectors(kinds)
-    ranks = _ranks(reader, parameters, vectors)
+    settings = recipe.modules
+    reader = _Reader(expert, source, settings, moments or {}, recipe.seed)
+    parameters = matrices(expert, source, recipe.kinds)
+    vectors = reader.vectors(recipe.kinds)
+    ranks = _ranks(reader, parameters, vectors) if parameters else {}
     deltas: dict[str, LowRank] = {}
     total = lost = lost_before = 0.0
     for parameter in parameters:
@@ -108,37 +111,76 @@ def extract(
 
 
 def matrices(expert: Expert, source: Source, kinds: KindSettings) -> list[Parameter]:
-    """The parameters that an expert's module holds a delta of."""
-    is_kept = {
-        Kind.LINEAR: True,
-        Kind.EMBEDDING: kinds.embedding == "svd",
-        Kind.HEAD: kinds.head == "svd",
-    }
-
-    def may_differ(name: str, parameter: Parameter) -> bool:
-        if source.shared is None or parameter.kind is not Kind.LINEAR:
-            return True
-        return parameter.layer in source.shared or expert.changes(name)
-
-    return [
-        parameter
-        for name, parameter in source.base.parameters.items()
-        if is_kept.get(parameter.kind, False) and may_differ(name, parameter)
-    ]
+    """The parameters that an expert's module holds a delta of: those that the merge or the expert
+    itself may have changed.
+    """
+    kept = {Kind.LINEAR, *_kept(kinds, "svd")}
+    return [p for p in _differing(expert, source) if p.kind in kept]
 
 
-def own_factors(expert: Expert) -> Extracted:
-    """A LoRA expert's own factors as its module.
+def own_factors(expert: Expert, kinds: KindSettings) -> Extracted:
+    """A LoRA expert's own factors as its module, without the kinds that are dropped.
+
+    kinds: no merge takes the expert's other changes, so that one of them cannot be `shared`.
 
     Raises:
-        RecipeError: the expert is a full checkpoint.
+        RecipeError: the expert is a full checkpoint, changes a kind that the recipe shares, or
+            nothing else than what it drops.
     """
     if not isinstance(expert, LoraExpert):
         raise RecipeError(
             f"expert {expert.name!r} is a full checkpoint, which has no factors of its own: "
             "use modules: {method: svd}"
         )
-    return Extracted(expert.module, error=0.0)
+    kept = {
+        name: _is_own(expert, name, kinds)
+        for name in (*expert.module.deltas, *expert.module.vectors)
+    }
+    if not any(kept.values()):
+        raise RecipeError(
+            f"nothing is left of expert {expert.name!r}: kinds drops all that it changes, as "
+            f"{min(kept)!r}; leave the expert out, or keep the kind"
+        )
+    if all(kept.values()):
+        return Extracted(expert.module, error=0.0)
+    deltas = {name: delta for name, delta in expert.module.deltas.items() if kept[name]}
+    vectors = {name: vector for name, vector in expert.module.vectors.items() if kept[name]}
+    embeddings = expert.module.embeddings & deltas.keys()
+    module = replace(expert.module, deltas=deltas, vectors=vectors, embeddings=embeddings)
+    return Extracted(module, error=0.0)
+
+
+def _is_own(expert: LoraExpert, name: str, kinds: KindSettings) -> bool:
+    """Whether a module of the expert's own factors keeps the change of a layer or vector.
+
+    Raises:
+        RecipeError: the recipe neither keeps nor drops it.
+    """
+    parameter = expert.parameters.get(name) or expert.parameters.get(f"{name}.weight")
+    kind = Kind.EMBEDDING if parameter is None else parameter.kind  # a tied head has none
+    if kind is Kind.LINEAR:
+        return True
+    setting = kinds.model_dump()[kind]
+    if setting == "shared":
+        remedy = "svd" if kind in (Kind.EMBEDDING, Kind.HEAD) else "exact"
+        raise RecipeError(
+            f"expert {expert.name!r} changes {name!r}, and kinds.{kind} is shared: without a merge "
+            f"nobody would get the change, set kinds: {{{kind}: {remedy}}} to keep it or "
+            f"{{{kind}: drop}} to leave it out"
+        )
+    return bool(setting != "drop")
+
+
+def _kept(kinds: KindSettings, setting: str) -> set[Kind]:
+    """The kinds that modules keep by `svd`, or by `exact`."""
+    return {Kind(kind) for kind, value in kinds.model_dump().items() if value == setting}
+
+
+def _differing(expert: Expert, source: Source) -> Iterator[Parameter]:
+    """The parameters in which an expert may differ from the backbone by more than its dtype."""
+    for name, parameter in source.base.parameters.items():
+        if name in source.changed or expert.changes(name):
+            yield parameter
 
 
 @dataclass(frozen=True)
@@ -149,6 +191,7 @@ class _Reader:
     source: Source
     settings: ModuleSettings
     moments: Mapping[str, Tensor]
+    seed: int
 
     def shape(self, parameter: Parameter) -> tuple[int, int]:
         """(out, in), also where it is stored transposed."""
@@ -184,7 +227,7 @@ class _Reader:
         if self.settings.method == "lego":
             assert rank is not None
             units = truncated(change, rank=min(self.shape(parameter)))
-            return lego([units], rank=rank)
+            return lego([units], rank=rank, reweight="parameter", seed=self.seed)
         return truncated(
             change,
             rank=rank,
@@ -199,23 +242,27 @@ class _Reader:
 
     def vectors(self, kinds: KindSettings) -> dict[str, Tensor]:
         """Exact changes of norm weights and biases, by parameter."""
-        kept = {k for k, v in ((Kind.NORM, kinds.norm), (Kind.BIAS, kinds.bias)) if v == "exact"}
+        kept = _kept(kinds, "exact")
         found = {}
-        for name, parameter in self.source.base.parameters.items():
+        for parameter in _differing(self.expert, self.source):
             if parameter.kind in kept:
                 change = self._dense(parameter, self.source.backbone).flatten().cpu()
                 if change.any():
-                    found[name] = change
+                    found[parameter.name] = change
         return found
 
     def _dense(self, parameter: Parameter, against: Checkpoint) -> Tensor:
         """Expert minus `against` as a dense matrix, (out, in)."""
         name, base = parameter.name, self.source.base.checkpoint
         rows = base.tensors[name].rows
-        before = base.read_rows(name, 0, rows).to(self.source.device, torch.float32)
+        stored = base.read_rows(name, 0, rows)
+        before = stored.to(self.source.device, torch.float32)
         change = self.expert.delta_rows(name, 0, rows, before)
         if against is not base:
-            after = against.read_rows(name, 0, rows).to(change)
+            merged = against.read_rows(name, 0, rows)
+            if not change.any() and torch.equal(merged, stored.to(merged.dtype)):
+                return change.T if parameter.is_transposed else change
+            after = merged.to(change)
             change += before
             change -= after
             change *= change.norm() > _ROUNDING * after.norm()

@@ -47,12 +47,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    """A causal language model in evaluation mode; only safetensors are read.
+    """A causal language model in evaluation mode; only safetensors are read. transformers' own
+    progress bar is switched off: who loads a model shows what it waits for.
 
     Raises:
         UnsupportedModelError: transformers cannot make a causal language model of the folder, or
             tensors are missing, which it would fill with random numbers.
     """
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             path,

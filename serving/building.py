@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,12 +52,8 @@ def build_bank(
     place = choose_device(device)
     check_router(recipe)
     with progress_bars(console) as stage:
-
-        def write_router(backbone: Path, folder: Path) -> None:
-            assert recipe.router is not None
-            _write_router(recipe, recipe.router, backbone, folder, place, stage, console)
-
-        tools = BuildTools(place, stage, calibrator(recipe, place, stage), write_router)
+        router = _RouterWriter(recipe, place, stage, console)
+        tools = BuildTools(place, stage, calibrator(recipe, place, stage), router.write)
         return build(recipe, out, force=force, tools=tools)
 
 
@@ -191,26 +188,35 @@ def _calibration_prompts(
     return prompts
 
 
-def _write_router(
-    recipe: Recipe,
-    router: RouterSection,
-    backbone: Path,
-    folder: Path,
-    device: torch.device,
-    stage: Progress,
-    console: Console,
-) -> None:
-    """Fit the recipe's router on the finished backbone."""
-    if router.scorer == "fixed":
-        save_fixed(folder, _blend(router))
-        return
-    signal = SignalSettings(layer=router.signal.layer, pooling=router.signal.pooling)
-    names = tuple(expert.name for expert in recipe.experts)
-    settings = PrototypeSettings(modules=names, signal=signal, policy=router.policy)
-    with TorchEngine.load(backbone, device=str(device), dtype="float32") as engine:
+@dataclass(frozen=True)
+class _RouterWriter:
+    """Fits a recipe's router once the backbone is there."""
+
+    recipe: Recipe
+    device: torch.device
+    stage: Progress
+    console: Console
+
+    def write(self, backbone: Path, folder: Path) -> None:
+        """Write the router of a finished backbone to a folder."""
+        router = self.recipe.router
+        assert router is not None
+        if router.scorer == "fixed":
+            save_fixed(folder, _blend(router))
+            return
+        with TorchEngine.load(backbone, device=str(self.device), dtype="float32") as engine:
+            self._fit(router, engine, folder)
+            if router.none is not None:
+                self._report(Path(router.none), engine, folder)
+
+    def _fit(self, router: RouterSection, engine: TorchEngine, folder: Path) -> None:
+        """Fit prototypes on the recipe's prompts."""
+        signal = SignalSettings(layer=router.signal.layer, pooling=router.signal.pooling)
+        names = tuple(expert.name for expert in self.recipe.experts)
+        settings = PrototypeSettings(modules=names, signal=signal, policy=router.policy)
         examples = read_examples(Path(router.data or ""), needs=("task",))
         labelled = [Labelled(_query(engine, example), example.task) for example in examples]
-        step = stage("router", len(labelled))
+        step = self.stage("router", len(labelled))
 
         def counted(items: Iterable[Labelled]) -> Iterator[Labelled]:
             for item in items:
@@ -219,11 +225,13 @@ def _write_router(
 
         scorer = fit_prototype(labelled, settings, encode=engine.encode, progress=counted)
         save_prototype(folder, scorer, settings)
-        if router.none is not None:
-            generic = read_examples(Path(router.none))
-            fitted = load_router(folder, encode=engine.encode)
-            report = evaluate(fitted, [Labelled(_query(engine, e), None) for e in generic])
-            console.print(f"the router leaves {report.kept:.1%} of {router.none} to the backbone")
+
+    def _report(self, path: Path, engine: TorchEngine, folder: Path) -> None:
+        """Say how many of the prompts that no module serves the router leaves alone."""
+        fitted = load_router(folder, encode=engine.encode)
+        generic = [Labelled(_query(engine, e), None) for e in read_examples(path)]
+        report = evaluate(fitted, generic)
+        self.console.print(f"the router leaves {report.kept:.1%} of {path} to the backbone")
 
 
 def _query(engine: TorchEngine, example: Example) -> Query:

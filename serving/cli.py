@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -51,11 +52,17 @@ PortOption = Annotated[int | None, typer.Option("--port", help="Port; 0 takes a 
 
 def main() -> None:
     """Run a command; our own errors become one line on standard error and exit status 1."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except MergerouteError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _stop(number: int, _frame: object) -> None:
+    """Leave as Ctrl+C does, so that what was begun is cleared away."""
+    sys.exit(128 + number)
 
 
 def _show_version(wanted: bool) -> None:

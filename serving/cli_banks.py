@@ -132,7 +132,6 @@ def evaluate(
     dtype: DtypeOption = None,
 ) -> None:
     """Score a bank on held-out prompts: router, pinned modules, backbone, experts, merges."""
-    from transformers.utils import logging as transformers_logging
 
     from .building import progress_bars
     from .eval_plot import check_plot, plot_report
@@ -152,7 +151,6 @@ def evaluate(
         limit=limit,
     )
     settings = read_settings(None, {"banks": (bank,), "device": device, "dtype": dtype})
-    transformers_logging.disable_progress_bar()  # two bars at once garble the terminal
     with progress_bars(console) as progress:
         verified = progress("verifying the bank", 1)
         (opened,) = settings.open_banks()

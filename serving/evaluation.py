@@ -15,6 +15,7 @@ from ..adapters.bank import Bank
 from ..adapters.build import BuildTools, Progress, build
 from ..adapters.digest import file_digest
 from ..adapters.errors import BankError
+from ..adapters.experts import Expert
 from ..adapters.recipe import Recipe
 from ..routers.data import Example, read_examples
 from ..runtime.loading import choose_device, choose_dtype
@@ -24,7 +25,14 @@ from .figures import AUTO, BACKBONE, EXPERTS, ORACLE, Bytes, Figures, Report, Re
 from .hosting import Placement, host_banks
 from .scoring import Metric, MetricName, metric
 from .service import Service
-from .variants import GivenExperts, given_experts, open_experts, recorded_recipe, static_recipe
+from .variants import (
+    GivenExperts,
+    check_sources,
+    given_experts,
+    open_experts,
+    recorded_recipe,
+    static_recipe,
+)
 
 _WHAT = {
     BACKBONE: "the backbone alone",
@@ -97,7 +105,8 @@ def evaluate(
 
     Raises:
         DataError: the file, or a line of it, cannot be used.
-        BankError: experts or merges are asked for, and the bank does not know its recipe.
+        BankError: experts or merges are asked for, and the bank does not know its recipe, or what
+            it was built from has changed.
         MergerouteError: something cannot be read, built or served.
     """
     recipe = _checked_recipe(bank, options)
@@ -107,13 +116,15 @@ def evaluate(
     )
     merges = {name: static_recipe(recipe, name) for name in options.compare} if recipe else {}
     tasks = list(dict.fromkeys(str(example.task) for example in examples))
-    experts = open_experts(recipe, tasks) if recipe and options.experts else []
+    experts: list[Expert] = []
+    if recipe and options.experts:
+        experts = open_experts(recipe, tasks, sources=bank.sources)
     results = _ask_bank(run, bank)
     if recipe and experts:
         given = given_experts(recipe, experts)
         results[EXPERTS] = [outcome for each in given for outcome in _ask_experts(run, each)]
     for name, merge in merges.items():
-        results[name] = _ask_merge(run, name, merge)
+        results[name] = _ask_merge(run, name, merge, sources=bank.sources)
     paths = {expert.name: expert.path for expert in experts}
     return _report(run, bank, results, data=data, sizes=_sizes(bank, paths))
 
@@ -169,12 +180,15 @@ def _ask_experts(run: _Run, given: GivenExperts) -> list[Outcome]:
         )
 
 
-def _ask_merge(run: _Run, name: str, recipe: Recipe) -> list[Outcome]:
-    """Build a static merge in a temporary folder and ask it everything."""
+def _ask_merge(
+    run: _Run, name: str, recipe: Recipe, *, sources: Mapping[str, str]
+) -> list[Outcome]:
+    """Build a static merge of the same sources in a temporary folder and ask it everything."""
     with tempfile.TemporaryDirectory(prefix="mergeroute-") as folder:
         device = choose_device(run.placement.device)
         tools = BuildTools(device, run.progress, calibrator(recipe, device, run.progress))
         bank = build(recipe, Path(folder) / "bank", tools=tools)
+        check_sources(recipe, bank.sources, recorded=sources)
         with run.asker(bank, name) as asker:
             return run.ask(asker, name, lambda _: AUTO)
 

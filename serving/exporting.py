@@ -15,7 +15,7 @@ from ..adapters.staging import staged
 
 def export_module(bank_path: Path, name: str, out: Path, *, dtype: str = "bfloat16") -> None:
     """Write a module of a bank as a PEFT LoRA folder, which appears whole or not at all. It stands
-    on the backbone alone: a shared module is part of it.
+    on the backbone alone, whose digest it records: a shared module is part of it.
 
     dtype: of the factors.
 
@@ -41,6 +41,8 @@ def export_module(bank_path: Path, name: str, out: Path, *, dtype: str = "bfloat
             f"module {name!r} changes {min(module.vectors)!r}, which a PEFT LoRA folder cannot "
             "hold: build the bank with kinds: {norm: shared, bias: shared}"
         )
+    if not module.backbones and bank.recipe is None:  # the backbone is what the module came with
+        module = replace(module, backbones=(bank.backbone.weights_digest,))
     with staged(out) as folder:
         module.save(folder, base=str(bank.backbone.path), dtype=MODEL_DTYPES[dtype])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from ..adapters.backbone import Backbone
 from ..adapters.bank import Bank, BankModule
 from ..adapters.errors import BankError, RecipeError
-from ..adapters.experts import Base, Expert, LoraExpert, open_expert
+from ..adapters.experts import Base, Expert, LoraExpert, open_expert, source_digest
 from ..adapters.merging.methods import find_method
 from ..adapters.recipe import Recipe
 
-_KEPT = ("base", "experts", "calibration", "seed", "dtype")
+_KEPT = ("base", "experts", "kinds", "calibration", "seed", "dtype")
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,45 @@ def recorded_recipe(bank: Bank) -> Recipe | None:
         ) from error
 
 
-def open_experts(recipe: Recipe, asked: Sequence[str]) -> list[Expert]:
+def open_experts(
+    recipe: Recipe, asked: Sequence[str], *, sources: Mapping[str, str]
+) -> list[Expert]:
     """The experts of a recipe that are asked for, checked against the base.
+
+    sources: digests of what the bank was built from, by name; what it does not know is not checked.
 
     Raises:
         BackboneError, ModuleError: one is missing, damaged or of another base.
+        BankError: one is no longer what the bank was built from.
     """
     wanted = [entry for entry in recipe.experts if entry.name in asked]
     if not wanted:
         return []
     base = Base.open(recipe.base)
-    return [open_expert(entry.name, entry.path, base) for entry in wanted]
+    experts = [open_expert(entry.name, entry.path, base) for entry in wanted]
+    found = {expert.name: source_digest(expert) for expert in experts if expert.name in sources}
+    if "base" in sources and any(isinstance(expert, LoraExpert) for expert in experts):
+        found["base"] = source_digest(base)
+    check_sources(recipe, found, recorded=sources)
+    return experts
+
+
+def check_sources(recipe: Recipe, found: Mapping[str, str], *, recorded: Mapping[str, str]) -> None:
+    """Refuse a base or experts that were replaced or edited since the bank was built.
+
+    found: digests by name, as they are now; names that are not `recorded` are not checked.
+
+    Raises:
+        BankError: it names the source, and where it is.
+    """
+    paths = {entry.name: entry.path for entry in recipe.experts} | {"base": recipe.base}
+    for name, digest in found.items():
+        if digest != recorded.get(name, digest):
+            what = "the base" if name == "base" else f"expert {name!r}"
+            raise BankError(
+                f"{what} at {paths[name]} has digest {digest}, the bank was built from "
+                f"{recorded[name]}: put the same files there, or build the bank again"
+            )
 
 
 def given_experts(recipe: Recipe, experts: Sequence[Expert]) -> Iterator[GivenExperts]:
@@ -109,5 +137,8 @@ def _parameters(text: str, stated: str) -> dict[str, object]:
             raise RecipeError(
                 f"--compare {text}: {part!r} is no parameter: write METHOD:NAME=VALUE,NAME=VALUE"
             )
-        parameters[name.strip()] = yaml.safe_load(value)
+        try:
+            parameters[name.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise RecipeError(f"--compare {text}: {value!r} is no value: {error}") from error
     return parameters

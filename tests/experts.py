@@ -91,7 +91,7 @@ def wide_model(name: str) -> Any:
     return make_model(name, **sizes.get(name, other))
 
 
-EVERYTHING = {
+EVERYTHING: dict[str, dict[str, Any]] = {
     "modules": {"rank": 4096, "dtype": "float32"},
     "kinds": {"embedding": "svd", "head": "svd", "norm": "exact", "bias": "exact"},
 }

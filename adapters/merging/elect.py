@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .combine import elected_sign, weighted_sum
+from .combine import elected_sign
 from .stack import Block, Stack
 
 
@@ -23,15 +23,16 @@ def majority_sign(stack: Stack) -> Stack:
 def agree(stack: Stack, tall_threshold: float, agreement: int) -> Stack:
     """Set to zero, for all experts, the positions that too few of them use.
 
-    tall_threshold: see `tall_mask`; the merged delta is the weighted sum. agreement: how many
-    experts must use a position; more than there are asks for all.
+    tall_threshold: see `tall_mask`; the merged delta is the plain sum, so that the masks do not
+    depend on the weights. agreement: how many experts must use a position; more than there are asks
+    for all.
 
     Source: Wang et al. 2024, Localizing Task Information, arXiv:2405.07813 (consensus).
     """
     needed = min(agreement, stack.experts)
 
     def change(block: Block) -> Block:
-        users = tall_mask(block.x, weighted_sum(block), tall_threshold).sum(0)
+        users = tall_mask(block.x, block.x.sum(0), tall_threshold).sum(0)
         return block.with_x(block.x * (users >= needed))
 
     return stack.map(change)

@@ -99,7 +99,7 @@ def della(
 
     density: the mean probability that an entry stays. epsilon: half the width of the ramp around
     it, as in mergekit; the paper's epsilon is the whole width. normalize: divide by the weights
-    that survive.
+    that survive. Rows are those of the parameter as it is stored, also of GPT-2's Conv1D weights.
 
     Raises:
         RecipeError: density -/+ epsilon leaves (0, 1].
@@ -179,7 +179,8 @@ def pcb(stack: Stack, *, ratio: Share = 0.1, unit_rms: bool = True, scale: float
 
     ratio: share of the entries of an expert that count. unit_rms: measure deltas in units of their
     root mean square, so that the result does not depend on their scale; false is the paper's rule.
-    Quantiles are those of one parameter, the paper's of the whole model.
+    Quantiles are those of one parameter, the paper's of the whole model. The recipe's weights count
+    in the average alone, not in the competition.
 
     Source: Du et al. 2024, PCB-Merging, arXiv:2410.02396.
     """
@@ -196,7 +197,8 @@ def consensus(
     """The sum of the deltas where enough experts use it.
 
     tall_threshold: how much of the merged delta must serve an expert; the paper tries 0.2 to 0.6.
-    agreement: how many experts must use an entry; 2 removes what serves none or one.
+    agreement: how many experts must use an entry; 2 removes what serves none or one. The recipe's
+    weights count in the sum alone: what serves whom is asked of the plain sum.
 
     Source: Wang et al. 2024, Localizing Task Information, arXiv:2405.07813 (consensus).
     """
@@ -221,6 +223,9 @@ def widen(
     scale: float = 1.0,
 ) -> Merged:
     """Weigh columns by the change of their magnitude and of their direction, add up.
+
+    A column is what one input unit, or one token of an embedding, gives out; GPT-2's Conv1D weights
+    and embeddings store it as a row.
 
     above_average_value_ratio: columns ranked above this times an expert's average get the score
     score_calibration_value. Weights need not sum to 1. Made for merges of fine-tuned with further

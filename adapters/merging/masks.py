@@ -4,17 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .combine import max_aligned
-from .stack import Merged, Stack
-
-
-def emr_unified(stack: Stack) -> Merged:
-    """The unified delta: the elected sign times the largest magnitude that has it.
-
-    Source: Huang et al. 2024, EMR-Merging, arXiv:2405.17461 (elect).
-    """
-    return max_aligned(stack)
-
 
 def emr_mask_and_rescale(delta: Tensor, unified: Tensor) -> tuple[Tensor, float]:
     """What of the unified delta is an expert's: its delta is about rescale * mask * unified.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -34,6 +35,7 @@ class Method:
 
     space: Space
     function: Callable[..., Any]
+    _: KW_ONLY
     factored: Callable[..., Any] | None = None
     dense: Callable[..., Any] | None = None
     needs: Needs | None = None
@@ -114,7 +116,9 @@ def find_method(name: str) -> Method:
         if not isinstance(method, Method):
             raise RecipeError(f"the entry point {entry.value} of method {name!r} is no Method")
         return method
-    raise RecipeError(f"method {name!r} is unknown; known are {', '.join(method_names())}")
+    close = get_close_matches(name, method_names(), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise RecipeError(f"method {name!r} is unknown; {hint}known are {', '.join(method_names())}")
 
 
 def validated_parameters(name: str, stated: Mapping[str, Any]) -> dict[str, Any]:

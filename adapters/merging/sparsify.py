@@ -95,6 +95,9 @@ def rank_drop(stack: Stack, density: float, epsilon: float) -> Stack:
     The probability ramps from density - epsilon for the smallest magnitude of a row to density +
     epsilon for the largest; a row of one entry has `density`.
 
+    Departure: a row is one of the parameter as it is stored, as in mergekit. In GPT-2's Conv1D
+    weights it holds what goes out of one input unit, in others what comes into one output unit.
+
     Raises:
         RecipeError: the ramp leaves (0, 1].
 

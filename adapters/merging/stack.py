@@ -28,12 +28,15 @@ class Context:
 
     name: of the parameter. experts: their names, in order. seed: of the recipe.
     depth: the index of its block of layers over the last index, in [0, 1]; None outside the blocks.
+    is_transposed: stored [in, out] instead of [out, in], as embeddings (a row per token) and
+    GPT-2's Conv1D are.
     """
 
     name: str = "weight"
     experts: tuple[str, ...] = ()
     seed: int = 0
     depth: float | None = None
+    is_transposed: bool = False
 
     def generator(self, expert: str, block: int) -> torch.Generator:
         """Random numbers that depend on seed, parameter, expert and block, and on nothing else."""

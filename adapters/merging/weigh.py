@@ -52,7 +52,7 @@ def compete(stack: Stack, ratio: float, unit_rms: bool) -> Stack:
 
     The score of an entry is exp(T m²) tanh(x * sum of x over the experts), m its clamped magnitude
     scaled to [0, 1] within its expert. The best share `ratio` of an expert's scores, scaled to
-    [0, 1], are its weights; all others are zero. Magnitudes end up clamped.
+    [0, 1], multiply its weight; all others are zero. Magnitudes end up clamped.
 
     ratio: in (0, 1]. unit_rms: divide x by the root mean square of all deltas within tanh.
 
@@ -63,7 +63,7 @@ def compete(stack: Stack, ratio: float, unit_rms: bool) -> Stack:
 
     def score(block: Block) -> Tensor:
         magnitude = block.x.abs().clamp_(low, high).sub_(low).div_(_nonzero(high - low))
-        backing = (block.x * block.wx.sum(0)).div_(unit).tanh_()
+        backing = (block.x * block.x.sum(0)).div_(unit).tanh_()
         return magnitude.square_().sub_(1).mul_(stack.experts).exp_().mul_(backing)
 
     def read() -> Iterator[Tensor]:
@@ -84,6 +84,7 @@ def compete(stack: Stack, ratio: float, unit_rms: bool) -> Stack:
 def disentangle(stack: Stack, above_average_value_ratio: float, calibration: float) -> Stack:
     """Weigh every column by how far each expert changed its magnitude and its direction.
 
+    Columns of [out, in]; where the parameter is stored transposed, its rows take their place.
     Columns are ranked within each expert, by the change of their norm and by one minus the cosine
     with the base's column; the softmax of the ranks over the experts is the score, and that of an
     expert's columns above its average is `calibration`. The weight is the mean of both scores.
@@ -94,7 +95,10 @@ def disentangle(stack: Stack, above_average_value_ratio: float, calibration: flo
     """
     changes = _column_changes(stack)
     scores = [_scores(change, above_average_value_ratio, calibration) for change in changes]
-    return weighted(stack, torch.stack(scores).mean(0)[:, None].float())
+    factors = torch.stack(scores).mean(0).float()
+    if stack.context.is_transposed:
+        return _rows_weighted(stack, factors)
+    return weighted(stack, factors[:, None])
 
 
 def _sums_of_squares(stack: Stack) -> Tensor:
@@ -118,25 +122,49 @@ def _nonzero(divisor: Tensor) -> Tensor:
     return torch.where(divisor == 0, 1.0, divisor)
 
 
+def _rows_weighted(stack: Stack, factors: Tensor) -> Stack:
+    """Weights times a factor for every expert's stored row; factors: [T, rows]."""
+
+    def read() -> Iterator[Block]:
+        start = 0
+        for block in stack.read():
+            stop = start + block.x.shape[1]
+            own = factors[:, start:stop, None].to(block.w.device)
+            yield replace(block, w=block.w * own)
+            start = stop
+
+    return replace(stack, read=read)
+
+
 def _column_changes(stack: Stack) -> list[Tensor]:
     """Of each column the change of its magnitude and of its direction, [T, i] each.
 
     One minus a cosine is taken from norms alone, (|x|² - (change of norm)²) / (2 * norms): the
     difference itself is lost in rounding when deltas are small. A vector has one kind of change.
     """
-    rows, change, inner, base = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    is_transposed = stack.context.is_transposed
+    rows, sums = 0, list[Tensor]()
     for block in stack.read():
         rows += block.x.shape[1]
-        change = change + block.x.double().square().sum(1)
-        inner = inner + (block.x * block.base).double().sum(1)
-        base = base + block.base.double().square().sum(0)
-    if rows == 1:
+        sums.append(_sums(block, 2 if is_transposed else 1))
+        if not is_transposed:
+            sums = [torch.stack(sums).sum(0)]
+    whole, experts = torch.cat(sums, 1), stack.experts
+    change, inner, base = whole[:experts], whole[experts:-1], whole[-1]
+    if rows == 1 and not is_transposed:
         return [change.sqrt()]
     norm = base.sqrt()
     grown = (base + 2 * inner + change).clamp_min(0).sqrt()
     magnitude = (2 * inner + change) / _nonzero(grown + norm)
     direction = (change - magnitude.square()).clamp_min(0) / _nonzero(2 * norm * grown)
     return [magnitude.abs(), direction]
+
+
+def _sums(block: Block, axis: int) -> Tensor:
+    """Sums over an axis of [T, b, i]: T of x², T of x * base, one of base²; [2 T + 1, ...]."""
+    base = block.base.double()[None]
+    squares, inner = block.x.double().square(), (block.x * block.base).double()
+    return torch.cat([part.sum(axis) for part in (squares, inner, base.square())])
 
 
 def _scores(change: Tensor, above_average_value_ratio: float, calibration: float) -> Tensor:

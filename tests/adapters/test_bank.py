@@ -16,7 +16,7 @@ import torch
 from mergeroute.adapters.backbone import Backbone, checkpoint_files
 from mergeroute.adapters.bank import Bank, BankModule, copy_files, new_bank, seal, write_bank
 from mergeroute.adapters.digest import json_digest
-from mergeroute.adapters.errors import BackboneError, BankError
+from mergeroute.adapters.errors import BackboneError, BankError, ModuleError
 from mergeroute.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, Module
 from mergeroute.adapters.manifest import (
     FORMAT_VERSION,
@@ -486,6 +486,25 @@ def test_an_adhoc_bank_reads_folders_as_they_stand(sources: Path, tmp_path: Path
     assert not Bank.adhoc("bare", backbone, []).modules
 
 
+def test_a_module_that_was_made_for_another_backbone_is_not_loaded(
+    sources: Path, tmp_path: Path
+) -> None:
+    backbone = Backbone.open(sources / "backbone")
+    module = make_module(make_model(), "a")
+    for name, digest in (("a", backbone.weights_digest), ("b", "sha256:0")):
+        dataclasses.replace(module, backbones=(digest,)).save(tmp_path / name)
+    modules = [BankModule(name, tmp_path / name) for name in "ab"]
+    for bank in (
+        Bank.adhoc("zoo", backbone, modules),
+        write(sources, tmp_path / "bank", modules=modules),
+    ):
+        assert bank.load(bank.modules[0]).backbones == (backbone.weights_digest,)
+        with pytest.raises(
+            ModuleError, match=r"'b' was made for weights sha256:0, those of .*back"
+        ):
+            bank.load(bank.modules[1])
+
+
 # Checkpoint folders.
 
 
@@ -730,3 +749,9 @@ def test_a_place_that_cannot_be_written_is_named(sources: Path, tmp_path: Path) 
     with pytest.raises(BankError, match=r"file/bank cannot be written"):
         write(sources, tmp_path / "file" / "bank")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bank_can_be_read_by_others(bank: Path) -> None:
+    """safetensors makes private files, and who builds is often not who serves."""
+    assert {path.stat().st_mode & 0o777 for path in bank.rglob("*") if path.is_file()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in (bank, *bank.rglob("*/"))} == {0o755}

@@ -28,11 +28,12 @@ from mergeroute.adapters.errors import (
     ModuleError,
     RecipeError,
 )
-from mergeroute.adapters.manifest import FORMAT_VERSION, MANIFEST
+from mergeroute.adapters.lora import Module
+from mergeroute.adapters.manifest import FORMAT_VERSION, MANIFEST, check_name
 from mergeroute.adapters.recipe import Recipe
 
 from ..experts import Zoo, blended, make_zoo, write_model
-from ..tiny import make_model
+from ..tiny import make_model, make_rich_module
 
 SUM = {"method": "task_arithmetic", "scale": 0.4}
 
@@ -313,6 +314,77 @@ def test_a_folder_without_permission_is_named(zoo: Zoo, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(BankError, match="cannot be written"):
         build(recipe_of(zoo), tmp_path / "locked" / "bank")
+
+
+# Names.
+
+
+@pytest.mark.parametrize("backbone", [SUM, {"method": "none"}])
+@pytest.mark.parametrize(
+    ("folder", "bank", "expert"),
+    [
+        ("a", "zoo", "a"),
+        ("zoo", "zoo", "a"),
+        ("auto", "zoo", "a"),
+        ("blend", "zoo", "blend-backbone"),
+        ("plain", "zoo", "zoo-backbone"),
+        ("my base", "zoo", "my-base"),
+        ("plain", "z" * 64, "a"),
+        ("p" * 70, "zoo", "p" * 64),
+    ],
+)
+def test_whatever_base_bank_and_expert_are_called_the_bank_is_served(
+    folder: str, bank: str, expert: str, backbone: dict[str, Any], zoo: Zoo, tmp_path: Path
+) -> None:
+    (tmp_path / folder).symlink_to(zoo.folder / "base")
+    experts = [entry(expert, zoo.folder / "c"), entry("d", zoo.folder / "d")]
+    keys: dict[str, Any] = {
+        "name": bank,
+        "base": str(tmp_path / folder),
+        "experts": experts,
+    }
+    built = build(recipe_of(zoo, backbone=backbone, **keys), tmp_path / "out")
+    names = [built.name, built.backbone.name, *(module.name for module in built.modules), "auto"]
+    assert len(set(names)) == len(names)
+    assert check_name(built.backbone.name) == built.backbone.name
+    if (folder, bank) == ("plain", "zoo") and backbone["method"] == "none":
+        assert built.backbone.name == "plain"
+
+
+def test_experts_of_a_static_bank_leave_names_to_the_backbone(zoo: Zoo, tmp_path: Path) -> None:
+    experts = [entry("zoo-backbone", zoo.folder / "a")]
+    bank = build(recipe_of(zoo, experts=experts, modules={"method": "none"}), tmp_path / "bank")
+    assert bank.backbone.name == "zoo-backbone"
+
+
+# What an expert changes, and the recipe leaves out.
+
+
+def test_an_expert_that_changes_only_what_is_left_out_is_refused(
+    zoo: Zoo, beside: Path, tmp_path: Path
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    write_model(tmp_path / "normed", model)
+    module = make_rich_module(make_model(), "r")
+    Module("r", {}, {"model.norm.weight": module.vectors["model.norm.weight"]}).save(tmp_path / "r")
+    none = {"method": "none"}
+    left_out: list[dict[str, Any]] = [
+        {"kinds": {"norm": "drop"}},
+        {"backbone": none},
+        {"backbone": none, "kinds": {"norm": "drop"}},
+    ]
+    for folder in ("normed", "r"):
+        experts = [entry("x", tmp_path / folder), entry("a", zoo.folder / "a")]
+        for keys in left_out:
+            recipe = recipe_of(zoo, experts=experts, **keys)
+            texts = ("'x'", "leaves out", "'model.norm.weight' of kind norm", "under kinds")
+            refuse(recipe, beside, RecipeError, *texts)
+        kept = recipe_of(zoo, experts=experts, backbone=none, kinds={"norm": "exact"})
+        assert build(kept, tmp_path / f"{folder}-kept").modules
+    merged = recipe_of(zoo, experts=[entry("x", tmp_path / "normed")], modules=none)
+    assert build(merged, tmp_path / "merged").backbone
 
 
 # Shared modules.

@@ -141,7 +141,8 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"w": 3}}', "\xff"]
+    "text",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"w": 3}}', "\xff", "[" * 200_000],
 )
 def test_a_damaged_index_is_refused(text: str, shards: Path) -> None:
     (shards / INDEX).write_bytes(text.encode("latin-1"))

@@ -11,10 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.build import open_sources
 from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.errors import BackboneError, CheckpointError, ModuleError, RecipeError
-from mergeroute.adapters.experts import Base, FullExpert, LoraExpert, open_expert
+from mergeroute.adapters.experts import (
+    Base,
+    FullExpert,
+    LoraExpert,
+    open_expert,
+    source_digest,
+)
 from mergeroute.adapters.kinds import Kind
 from mergeroute.adapters.lora import Module
 
@@ -144,6 +151,40 @@ def test_gpt2_sizes_are_compared_under_their_own_names(tmp_path: Path) -> None:
     refuse(zoo, tmp_path / "x", BackboneError, "num_attention_heads 8")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("llama", "hidden_act", "gelu"),
+        ("llama", "rms_norm_eps", 1e-3),
+        ("llama", "rope_parameters", {"rope_theta": 5.0, "rope_type": "default"}),
+        ("mistral", "sliding_window", 7),
+        ("gemma2", "hidden_activation", "relu"),
+        ("gpt2", "activation_function", "relu"),
+        ("gpt2", "layer_norm_epsilon", 1e-3),
+    ],
+)
+def test_weights_that_are_run_in_another_way_are_refused(
+    architecture: str, key: str, value: object, tmp_path: Path
+) -> None:
+    zoo = make_zoo(tmp_path / "zoo", make_model(architecture))
+    assert open_expert("a", zoo.folder / "a", Base.open(zoo.folder / "base")).name == "a"
+    edit_config(zoo.folder / "a", **{key: value})
+    refuse(zoo, zoo.folder / "a", BackboneError, f"{key} {value!r}", "state it alike")
+
+
+def test_heads_of_another_size_are_refused(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path / "zoo", make_model("qwen3"))
+    edit_config(zoo.folder / "a", head_dim=16)
+    refuse(zoo, zoo.folder / "a", BackboneError, "head_dim 16", "8")
+
+
+def test_what_an_absent_key_means_may_be_stated(zoo: Zoo, expert: Path) -> None:
+    document = json.loads((expert / "config.json").read_text())
+    del document["rope_parameters"], document["head_dim"]
+    (expert / "config.json").write_text(json.dumps({**document, "rope_theta": 10000}))
+    assert open_expert("x", expert, Base.open(zoo.folder / "base")).name == "x"
+
+
 def test_other_tiedness_is_refused(zoo: Zoo, tied: Zoo) -> None:
     refuse(zoo, tied.folder / "a", BackboneError, "tie_word_embeddings True", "False")
     refuse(tied, zoo.folder / "a", BackboneError, "tie_word_embeddings False", "True")
@@ -248,6 +289,43 @@ def test_a_lora_that_unties_a_tied_head_is_refused(tied: Zoo, tmp_path: Path) ->
     for name, deltas, ties in (("t", embedding, True), ("s", embedding | head, False)):
         path = save_lora(tmp_path / name, deltas, embeddings=tables, ties_head=ties)
         assert open_expert("x", path, base).changes("model.embed_tokens.weight")
+
+
+def test_a_lora_that_was_made_for_other_weights_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    base = Base.open(zoo.folder / "base")
+    deltas = {LAYER: low_rank(48, 32)}
+    stated = save_lora(tmp_path / "x", deltas, backbones=("sha256:0", base.weights_digest))
+    assert open_expert("x", stated, base).name == "x"
+    assert open_expert("x", save_lora(tmp_path / "y", deltas), base).name == "x"
+    other = save_lora(tmp_path / "z", deltas, backbones=("sha256:0",))
+    texts = ("'x'", "sha256:0", str(base.path), base.weights_digest)
+    refuse(zoo, other, ModuleError, *texts)
+
+
+def test_weights_are_read_for_their_digest_only_when_a_lora_states_one(zoo: Zoo) -> None:
+    base = Base.open(zoo.folder / "base")
+    open_expert("c", zoo.folder / "c", base)
+    assert "files" not in vars(base)
+
+
+def test_a_chat_template_does_not_make_other_weights(zoo: Zoo, tmp_path: Path) -> None:
+    shutil.copytree(zoo.folder / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("changed")
+    one, other = Base.open(zoo.folder / "base"), Base.open(tmp_path / "base")
+    assert one.weights_digest == other.weights_digest
+    assert source_digest(one) != source_digest(other)
+
+
+def test_sources_are_known_by_their_files(zoo: Zoo, tmp_path: Path) -> None:
+    base = Base.open(zoo.folder / "base")
+    assert source_digest(base) == Backbone.open(zoo.folder / "base").digest
+    for name in "ac":
+        shutil.copytree(zoo.folder / name, tmp_path / name)
+        (tmp_path / name / "README.md").write_text("not part of it")
+        digests = [source_digest(open_expert("x", f / name, base)) for f in (zoo.folder, tmp_path)]
+        assert digests[0] == digests[1]
+    make_module(make_model(), "c", seed=9).save(tmp_path / "c")
+    assert source_digest(open_expert("x", tmp_path / "c", base)) != digests[0]
 
 
 # Bases.

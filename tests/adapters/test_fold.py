@@ -111,6 +111,7 @@ def test_duplicates_collapse_and_the_rest_stays_as_it_is(bank: Path, method: Fol
     assert [m["provenance"] for m in report["members"]] == [{"from": "test"}] * 2
     assert report["error"] == max(member["error"] for member in report["members"]) < 0.004
     assert (report["method"], report["folded_by"], report["dtype"]) == ("fold", method, "bfloat16")
+    assert report["fold"] == {"to": 2, "method": method, "bank": before.digest}
     config = json.loads(module_files(merged.path)[0].read_text())
     assert config["base_model_name_or_path"] == "the-base"
 
@@ -130,6 +131,29 @@ def test_groups_of_duplicates_lose_nothing(backbone: Backbone, tmp_path: Path) -
     for merged in out.modules:
         assert merged.provenance["error"] < 1e-5
         assert stored_dtype(merged.path) == "float32"
+
+
+def test_tasks_are_found_however_often_their_modules_were_folded(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    modules = [make_module(MODEL, name, seed=k) for k, name in enumerate("abcd")]
+    write_pool(tmp_path, backbone, modules)
+    chain: list[dict[str, Any]] = [{"to": 3}, {"to": 2}, {"nbytes": 20_000}, {"nbytes": 10_000}]
+    source, own = tmp_path / "bank", {name: name for name in "abcd"}
+    for step, settings in enumerate(chain):
+        before = Bank.open(source)
+        out = folded(source, out=f"out-{step}", **settings)
+        source = tmp_path / f"out-{step}"
+        for task, old in own.items():
+            module = out.module_of(task)
+            assert module is not None
+            assert set(old.split(".")) <= set(module.name.split("."))
+            assert out.module_of(old) == module
+            own[task] = module.name
+        assert before.digest in {m.provenance.get("fold", {}).get("bank") for m in out.modules}
+        assert out.module_of("nobody") is None
+    assert set(own.values()) == {module.name for module in out.modules}
+    assert len(out.modules) == 2
 
 
 def test_the_order_of_modules_and_another_run_change_nothing(
@@ -208,6 +232,8 @@ def test_a_budget_is_kept_over_modules_of_all_dtypes(backbone: Backbone, tmp_pat
         taken += sum(own)
         assert 0 < module.provenance["error"] < 1
         assert module.provenance["before"] == {"from": "test"}
+        digest = Bank.open(tmp_path / "bank").digest
+        assert module.provenance["fold"] == {"bytes": 40_000, "method": "svd", "bank": digest}
         low, high = module.provenance["ranks"]
         assert high - low <= 1
     assert 0.9 * 40_000 <= taken <= 40_000

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,5 +84,25 @@ def test_an_empty_model_takes_no_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "t5"}', '{"model_type": "nothing"}'])
 def test_what_is_no_causal_model_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BackboneError, match="no causal language model"):
+        empty_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "abc"},
+        {"hidden_size": -4},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": None},
+        {"hidden_act": "nothing"},
+        {"vocab_size": -1},
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    document = {**CONFIGS["llama"].to_dict(), "head_dim": None, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(BackboneError, match="no causal language model"):
         empty_model(tmp_path)

@@ -85,7 +85,9 @@ def written(recipe: Recipe, folder: Path) -> Weights:
 
 def context_of(base: Base, name: str, recipe: Recipe) -> Context:
     names = tuple(expert.name for expert in recipe.experts)
-    return Context(name, names, recipe.seed, base.parameters[name].depth)
+    parameter = base.parameters[name]
+    is_transposed = parameter.is_transposed or parameter.kind is Kind.EMBEDDING
+    return Context(name, names, recipe.seed, parameter.depth, is_transposed)
 
 
 def reference(recipe: Recipe, zoo: Zoo, *, block_elements: int = 1 << 30) -> Weights:
@@ -377,3 +379,8 @@ def test_statistics_see_parameters_in_the_order_of_the_blocks(zoos: Any) -> None
     assert depths[outside:] == sorted(depths[outside:], key=lambda d: d or 0.0)
     assert set(merger.names) == set(zoo.base)
     assert Checkpoint.open(zoo.folder / "base").tensors.keys() == set(zoo.base)
+
+
+def test_the_forms_of_a_method_are_given_by_name() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Method("elementwise", linear, linear)  # type: ignore[call-arg]

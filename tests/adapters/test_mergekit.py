@@ -105,6 +105,11 @@ def test_the_base_among_the_models_of_other_methods_adds_nothing(tmp_path: Path)
     assert with_base == read(tmp_path, models=MODELS)
 
 
+def test_weights_do_not_count_in_sce(tmp_path: Path) -> None:
+    recipe = read(tmp_path, merge_method="sce", parameters={"weight": 0.2})
+    assert [expert.weight for expert in recipe.experts] == [1.0, 1.0]
+
+
 def test_a_weight_for_all_counts_where_a_model_states_none(tmp_path: Path) -> None:
     recipe = read(tmp_path, models=[MODELS[0], {"model": "x"}], parameters={"weight": 0.2})
     assert [expert.weight for expert in recipe.experts] == [0.7, 0.2]

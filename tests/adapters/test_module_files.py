@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,49 @@ def test_a_plain_modules_folder_is_pefts_byte_for_byte(tmp_path: Path) -> None:
     header = (tmp_path / WEIGHTS_FILE).read_bytes()[8:200]
     assert b'"__metadata__":{"format":"pt"}' in header
     assert "ensure_weight_tying" not in json.loads((tmp_path / CONFIG_FILE).read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("ties_head", [False, True])
+def test_what_a_module_stands_on_is_kept_and_counts_for_nothing(
+    ties_head: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    module = make_rich_module(TIED, "m", ties_head=ties_head)
+    backbones = ("sha256:1", "sha256:2")
+    for folder, stated in (("one", backbones), ("other", backbones), ("plain", ())):
+        replace(module, backbones=stated).save(tmp_path / folder, dtype=dtype)
+    one, plain = (Module.read(tmp_path / f, name="m") for f in ("one", "plain"))
+    assert (one.backbones, one.ties_head) == (backbones, ties_head)
+    assert (plain.backbones, plain.ties_head) == ((), ties_head)
+    assert one.digest == plain.digest
+    for file in module_files(tmp_path / "one"):
+        assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
+
+
+def test_peft_reads_a_module_that_says_what_it_stands_on(tmp_path: Path) -> None:
+    module = replace(make_module(UNTIED, "m"), backbones=("sha256:1",))
+    module.save(tmp_path)
+    peft_model = PeftModel.from_pretrained(copy.deepcopy(UNTIED), str(tmp_path)).eval()
+    torch.testing.assert_close(logits_of(peft_model), merged(UNTIED, module), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ties_head", [False, True])
+def test_folders_of_before_backbones_were_recorded_are_read(
+    ties_head: bool, tmp_path: Path
+) -> None:
+    make_rich_module(TIED, "m").save(tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    save_file(load_file(path), path, metadata={"ties_head": str(ties_head).lower()})
+    assert Module.read(tmp_path, name="m").ties_head == ties_head
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"backbones": 3}', "[" * 100_000])
+def test_damaged_metadata_is_refused(text: str, tmp_path: Path) -> None:
+    make_module(TIED, "m").save(tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    save_file(load_file(path), path, metadata={"mergeroute": text})
+    with pytest.raises(ModuleError, match=r"adapter_model.*the metadata 'mergeroute' is damaged"):
+        Module.read(tmp_path, name="m")
 
 
 def test_a_plain_modules_digest_is_what_it_always_was() -> None:

@@ -236,3 +236,14 @@ def test_the_relative_error_is_that_of_the_dense_changes() -> None:
     assert relative_error(RICH[1], RICH[0], SHAPES) == pytest.approx(float(expected))
     nothing = Module("n", {n: LowRank(d.left * 0, d.right) for n, d in RICH[0].deltas.items()})
     assert relative_error(nothing, RICH[0], SHAPES) == pytest.approx(1.0)
+
+
+def test_a_folded_module_stands_on_what_all_its_members_stand_on() -> None:
+    stated = [("sha256:1", "sha256:2"), ("sha256:2", "sha256:3"), ("sha256:2",)]
+    members = [replace(m, backbones=b) for m, b in zip(RICH, stated, strict=True)]
+    for group, wanted in ((members, ("sha256:2",)), (members[:1], stated[0]), (RICH, ())):
+        merged = merge_modules(group, name="m", shapes=SHAPES, method="svd")
+        assert merged.backbones == wanted
+    assert merge_modules([*members, RICH[0]], name="m", shapes=SHAPES, method="svd").backbones == ()
+    ranks = dict.fromkeys(members[0].deltas, 1)
+    assert shrink_module(members[0], ranks, "svd").backbones == stated[0]

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergeroute.adapters.checkpoint import MODEL_DTYPES
-from mergeroute.adapters.errors import RecipeError
+from mergeroute.adapters.errors import BackboneError, RecipeError
+from mergeroute.adapters.experts import Base
+from mergeroute.adapters.merging.methods import find_method
 from mergeroute.adapters.recipe import DEFAULT_RANK, Recipe, parse_size
 from mergeroute.adapters.recipe_file import read_recipe
 
@@ -179,7 +181,7 @@ def test_an_unknown_key_is_named_with_what_is_allowed_there(
         ({"shared": "beside"}, ("shared", "'folded'", "beside")),
         ({"seed": -1}, ("seed", "greater than or equal to 0")),
         ({"dtype": "float64"}, ("dtype", "bfloat16", "float64")),
-        ({"experts": []}, ("experts", "at least 1")),
+        ({"experts": []}, ("experts is empty", "list at least one")),
         ({"experts": "a, b"}, ("experts", "tuple")),
         ({"experts": [{"name": "a"}]}, ("experts.0.path is missing",)),
         ({"experts": [{"name": "a b", "path": "x"}]}, ("experts.0.name", "'a b' is not allowed")),
@@ -199,6 +201,11 @@ def test_an_unknown_key_is_named_with_what_is_allowed_there(
         ({"router": {"scorer": "prototype"}}, ("router", "prototype needs data")),
         ({"router": {"scorer": "fixed"}}, ("router", "fixed needs blend")),
         ({"router": {"data": "x", "signal": {"layer": 0}}}, ("router.signal.layer", "it is 0")),
+        (
+            {"backbone": {"lines": {"alpha": float("nan"), "beta": 1}}},
+            ("backbone.lines.alpha", "finite"),
+        ),
+        ({"backbone": {"lines": {"beta": float("inf")}}}, ("backbone.lines.beta", "finite")),
     ],
 )
 def test_a_value_out_of_range_is_named(
@@ -236,6 +243,44 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"backbone": {"method": "regmean"}}, ("regmean looks at data",)),
         ({"experts": [EXPERTS[0], EXPERTS[0]]}, ("two experts are called 'a'", "its own")),
         ({"name": "a"}, ("both called 'a'", "set another name")),
+        (
+            {"router": {"scorer": "fixed", "blend": "a=1", "data": "x"}},
+            ("router", "data means nothing to scorer fixed", "remove it"),
+        ),
+        ({"router": {"scorer": "fixed", "blend": "a=1", "none": "x"}}, ("none means nothing",)),
+        (
+            {"router": {"scorer": "fixed", "blend": "a=1", "signal": {"layer": 2}}},
+            ("signal means nothing",),
+        ),
+        (
+            {"router": {"scorer": "fixed", "blend": "a=1", "policy": "top_k(1)"}},
+            ("policy means nothing",),
+        ),
+        (
+            {"router": {"data": "x", "blend": "a=1"}},
+            ("blend means nothing to scorer prototype", "remove it"),
+        ),
+        (
+            {"backbone": {"method": "none", "lines": {"beta": 1}}},
+            ("backbone", "lines", "method none", "remove it"),
+        ),
+        (
+            {"backbone": {"method": "mwa", "losses": [1, 2, 3]}},
+            ("backbone", "3 losses for 2 experts", "one for each"),
+        ),
+        (
+            {"backbone": {"method": "layer_swap", "outer": "a", "inner": "x"}},
+            ("backbone: layer_swap: 'x' is no expert", "inner", "a, b"),
+        ),
+        ({"backbone": {"method": "layer_swap", "outer": "x", "inner": "a"}}, ("outer", "'x'")),
+        (
+            {"backbone": {"method": "della", "density": 0.1, "epsilon": 0.2}},
+            ("backbone", "density 0.1 with epsilon 0.2", "-0.1 to 0.3", "smaller epsilon"),
+        ),
+        (
+            {"backbone": {"method": "della_linear", "density": 0.9, "epsilon": 0.2}},
+            ("0.7 to 1.1",),
+        ),
         ({"shared": "none"}, ("shared none keeps the base", "method: none")),
         (
             {"experts": [{**entry, "weight": 0} for entry in EXPERTS]},
@@ -294,11 +339,35 @@ def test_what_does_not_go_together_is_refused(
 
 
 @pytest.mark.parametrize(
+    "backbone",
+    [
+        {"method": "mwa", "losses": [1, 2]},
+        {"method": "layer_swap", "outer": "b", "inner": "a"},
+        {"method": "della", "density": 0.5, "epsilon": 0.2},
+        {"method": "della", "density": 1.0, "epsilon": 0.2},
+    ],
+)
+def test_parameters_that_fit_the_experts_are_read(backbone: dict[str, Any], tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, {**MINIMAL, "backbone": backbone}))
+    assert recipe.backbone.method == backbone["method"]
+
+
+@pytest.mark.parametrize("router", [{"scorer": "fixed", "blend": "a=1"}, {"data": "x.jsonl"}])
+def test_a_written_router_is_read_again(router: dict[str, Any], tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, {**MINIMAL, "router": router}))
+    document = recipe.model_dump(mode="json", exclude_none=True)
+    assert Recipe.model_validate(document) == recipe
+    again = read_recipe(write(tmp_path, recipe.model_dump(mode="json")))
+    assert again == recipe
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("base: [", "cannot be read as YAML"),
         ("base: x\n\tname: y", "cannot be read as YAML"),
         ("!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+        ("base: " + "[" * 3000 + "]" * 3000, "cannot be read as YAML"),
         ("", "no mapping of keys"),
         ("- a\n- b", "no mapping of keys"),
         ("just words", "no mapping of keys"),
@@ -311,9 +380,9 @@ def test_what_is_no_recipe_is_refused(text: str, message: str, tmp_path: Path) -
 
 
 def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"nowhere\.yaml cannot be read"):
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml does not exist"):
         read_recipe(tmp_path / "nowhere.yaml")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="is a folder"):
         read_recipe(tmp_path)
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match=r"x\.yaml cannot be read"):
@@ -335,3 +404,43 @@ def test_sizes_may_be_broken() -> None:
     for text in ("", "MB", "-1MB", "0", "1TB", "2MiB", "1e6", None, True):
         with pytest.raises(ValueError, match="is no size"):
             parse_size(text)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """YAML takes the last of them without a word."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("base: a\nmodules: {rank: 4}\nmodules: {rank: 8}\n")
+    with pytest.raises(RecipeError, match="line 1 holds 'modules' twice"):
+        read_recipe(file)
+
+
+def test_nothing_is_looked_for_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zoo" / "base").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "recipe.yaml"
+    text = "base: zoo/base\nexperts: [{name: a, path: zoo}]\nmodules: {method: none}\n"
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(file)
+    assert recipe.base == "zoo/base"  # a hub id
+    assert recipe.experts[0].path == str(tmp_path / "elsewhere" / "zoo")
+    with pytest.raises(BackboneError, match="could not be fetched from the hub"):
+        Base.open(recipe.base)
+
+
+def test_a_folder_and_tabs_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is a folder: name the recipe in it"):
+        read_recipe(tmp_path)
+    (tmp_path / "tabs.yaml").write_text("base:\n\ta: 1\n")
+    with pytest.raises(RecipeError, match="use spaces"):
+        read_recipe(tmp_path / "tabs.yaml")
+    (tmp_path / "kind.yaml").write_text("base: a\nexperts: [b]\nbackbone: ties\n")
+    with pytest.raises(RecipeError, match=r"experts\.0 is 'b', keys are needed"):
+        read_recipe(tmp_path / "kind.yaml")
+
+
+def test_a_method_that_is_misspelt_is_guessed() -> None:
+    with pytest.raises(RecipeError, match="did you mean ties"):
+        find_method("tie")

@@ -21,19 +21,19 @@ from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.build import build, open_sources
 from mergeroute.adapters.checkpoint import Checkpoint
 from mergeroute.adapters.errors import RecipeError
-from mergeroute.adapters.experts import Base
+from mergeroute.adapters.experts import Base, LoraExpert
 from mergeroute.adapters.kinds import Kind
 from mergeroute.adapters.lora import Module
 from mergeroute.adapters.module_files import INT8_FILE, WEIGHTS_FILE
-from mergeroute.adapters.recipe import KindSettings, ModuleSettings
+from mergeroute.adapters.recipe import KindSettings
 from mergeroute.adapters.truncation import distance
 from mergeroute.adapters.twin import Extracted, Source, extract, matrices, own_factors
 from mergeroute.runtime.merging import merge_into
 from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import GenerationRequest, SamplingParams
 
-from ..experts import EVERYTHING, Weights, Zoo, blended, make_zoo, weights_of
-from ..tiny import make_model, make_prompt, make_rich_module
+from ..experts import EVERYTHING, Weights, Zoo, blended, changed, make_zoo, weights_of, write_model
+from ..tiny import make_model, make_module, make_prompt, make_rich_module
 
 MODELS = [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", True), ("qwen2", False)]
 TIES = {"method": "ties", "density": 0.5}
@@ -72,14 +72,17 @@ def sources_of(zoo: Zoo, folder: Path, names: str = "ab", **keys: Any) -> Source
     """A backbone on disk and what modules are taken against it."""
     recipe = zoo.recipe(names, **{"backbone": SUM, "modules": {"method": "none"}, **keys})
     built = build(recipe, folder / "source")
-    return Source(Base.open(recipe.base), Checkpoint.open(built.backbone.path))
+    base, experts = open_sources(recipe)
+    moved = {name for name in base.parameters if any(e.changes(name) for e in experts)}
+    return Source(base, Checkpoint.open(built.backbone.path), frozenset(moved))
 
 
 def extracted(zoo: Zoo, source: Source, name: str = "a", **keys: Any) -> Extracted:
-    _, (expert,) = open_sources(zoo.recipe(name))
-    kinds = KindSettings.model_validate(keys.pop("kinds", {}))
+    own = {"kinds": keys.pop("kinds", {}), "seed": keys.pop("seed", 0)}
     moments = keys.pop("moments", None)
-    return extract(expert, source, ModuleSettings(**keys), kinds, moments=moments)
+    recipe = zoo.recipe(name, modules=keys, calibration="prompts.jsonl", **own)
+    _, (expert,) = open_sources(recipe)
+    return extract(expert, source, recipe, moments=moments)
 
 
 def exclusive_of(zoo: Zoo, source: Source, name: str = "a") -> dict[str, Tensor]:
@@ -387,6 +390,42 @@ def test_a_scale_enlarges_what_is_kept(zoos: Zoos, tmp_path: Path) -> None:
         torch.testing.assert_close(other.module.deltas[layer].dense(), 1.25 * delta.dense())
 
 
+@pytest.mark.parametrize("backbone", [SUM, TIES, {"method": "none"}])
+def test_layers_that_no_expert_changes_take_nothing_of_a_budget(
+    backbone: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rank 1 of all layers would take more."""
+    model = make_model()
+    zoo = make_zoo(tmp_path / "zoo", model)
+    names = [f"{n}.weight" for n in make_module(model, "x").deltas if n.endswith("q_proj")]
+    for seed, name in enumerate("ef"):
+        whole = make_module(model, name, rank=3, seed=seed)
+        deltas = {n: delta for n, delta in whole.deltas.items() if f"{n}.weight" in names}
+        Module(name, deltas).save(zoo.folder / name)
+    everything = {**EVERYTHING["kinds"], "head": "shared"}
+    for kinds in ({}, everything):
+        recipe = zoo.recipe("ef", backbone=backbone, modules={"bytes": 4000}, kinds=kinds)
+        built = build(recipe, tmp_path / f"bank{len(kinds)}")
+        for entry in built.modules:
+            assert {f"{layer}.weight" for layer in built.load(entry).deltas} == set(names)
+
+
+@pytest.mark.parametrize("names", ["cd", "xy"])
+def test_rounding_of_the_backbone_is_no_change_of_an_expert(names: str, tmp_path: Path) -> None:
+    """Neither LoRAs nor full experts change embedding, head and norms."""
+    zoo = make_zoo(tmp_path / "zoo", make_model())
+    for seed, name in enumerate("xy"):
+        expert = changed(make_model(), seed=seed)
+        keep = {n: w for n, w in zoo.base.items() if "proj" not in n}
+        expert.load_state_dict(keep, strict=False)
+        write_model(zoo.folder / name, expert)
+    recipe = zoo.recipe(names, backbone=TIES, dtype="bfloat16", kinds=EVERYTHING["kinds"])
+    for entry in (built := build(recipe, tmp_path / "bank")).modules:
+        module = built.load(entry)
+        assert all("proj" in layer for layer in module.deltas)
+        assert not module.vectors
+
+
 # Calibrated: the change of outputs is kept.
 
 
@@ -445,10 +484,11 @@ def test_each_kind_is_kept_where_it_is_asked_for(
 def test_the_number_of_matrices_is_known_beforehand(zoos: Zoos, tmp_path: Path) -> None:
     zoo = zoos()
     source = sources_of(zoo, tmp_path)
-    _, (expert,) = open_sources(zoo.recipe("a"))
-    kinds, steps = KindSettings(embedding="svd", head="svd"), []
-    extract(expert, source, ModuleSettings(rank=1), kinds, on_layer=lambda: steps.append(1))
-    assert len(steps) == len(matrices(expert, source, kinds))
+    recipe = zoo.recipe("a", modules={"rank": 1}, kinds={"embedding": "svd", "head": "svd"})
+    _, (expert,) = open_sources(recipe)
+    steps: list[int] = []
+    extract(expert, source, recipe, on_layer=lambda: steps.append(1))
+    assert len(steps) == len(matrices(expert, source, recipe.kinds))
 
 
 # Other compressors.
@@ -485,6 +525,26 @@ def test_compressors_are_converted_to_low_rank_and_report_both_errors(
     assert reports[4]["compressor_error"] == pytest.approx(compressor_error, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_clusters_of_one_experts_units_keep_their_size(
+    seed: int, zoos: Zoos, tmp_path: Path
+) -> None:
+    zoo = zoos()
+    source = sources_of(zoo, tmp_path)
+    found = extracted(zoo, source, method="lego", rank=4, seed=seed)
+    best = extracted(zoo, source, rank=4)
+    assert best.error <= found.error < min(1, 1.3 * best.error)
+
+
+def test_the_seed_of_the_recipe_draws_the_clusters(zoos: Zoos, tmp_path: Path) -> None:
+    zoo = zoos()
+    source = sources_of(zoo, tmp_path)
+    digests = {
+        extracted(zoo, source, method="lego", rank=8, seed=seed).module.digest for seed in range(3)
+    }
+    assert len(digests) > 1
+
+
 def test_masks_of_the_merged_change_stand_on_the_base(zoos: Zoos, tmp_path: Path) -> None:
     zoo = zoos()
     backbone = {"method": "task_arithmetic", "scale": 1.0}
@@ -512,7 +572,62 @@ def test_own_factors_are_kept_as_they_are(zoos: Zoos, tmp_path: Path) -> None:
         build(zoo.recipe("ca", **keys), tmp_path / "other")
     _, (full,) = open_sources(zoo.recipe("a"))
     with pytest.raises(RecipeError, match="no factors of its own"):
-        own_factors(full)
+        own_factors(full, KindSettings())
+
+
+def test_own_factors_follow_the_policy_of_kinds(tmp_path: Path) -> None:
+    model = make_model("qwen2", tied=False)
+    zoo = make_zoo(tmp_path / "zoo", model)
+    make_rich_module(model, "r", seed=4).save(zoo.folder / "r")
+    _, (rich,) = open_sources(zoo.recipe("r"))
+    assert isinstance(rich, LoraExpert)
+    own = Module.read(zoo.folder / "r", name="r")
+    shapes = Base.open(zoo.folder / "base").shapes
+    everything = EVERYTHING["kinds"]
+    whole = own_factors(rich, KindSettings(**everything)).module
+    assert whole.digest == own.digest
+    none = own_factors(rich, KindSettings(**dict.fromkeys(everything, "drop"))).module
+    assert none.deltas.keys() == own.deltas.keys() & shapes.linear.keys()
+    assert not none.vectors
+    assert not none.embeddings
+    for kind in everything:
+        kinds = KindSettings(**{**everything, kind: "shared"})
+        remedy = everything[kind]
+        with pytest.raises(RecipeError, match=rf"kinds\.{kind} is shared.*{{{kind}: {remedy}}}"):
+            own_factors(rich, kinds)
+        dropped = own_factors(rich, KindSettings(**{**everything, kind: "drop"})).module
+        missing = {*own.deltas, *own.vectors} - {*dropped.deltas, *dropped.vectors}
+        assert missing
+        assert dropped.digest != own.digest
+    outer = dataclasses.replace(own, deltas={n: own.deltas[n] for n in shapes.head}, vectors={})
+    with pytest.raises(RecipeError, match="nothing is left of expert 'r'"):
+        own_factors(dataclasses.replace(rich, module=outer), KindSettings(head="drop"))
+
+
+def test_own_factors_of_a_tied_head_are_the_embeddings(tmp_path: Path) -> None:
+    model = make_model("qwen2", tied=True)
+    zoo = make_zoo(tmp_path / "zoo", model)
+    make_rich_module(model, "r", seed=4).save(zoo.folder / "r")
+    _, (rich,) = open_sources(zoo.recipe("r"))
+    kinds = {"norm": "exact", "bias": "exact"}
+    kept = own_factors(rich, KindSettings(**kinds, embedding="svd")).module
+    assert kept.digest == Module.read(zoo.folder / "r", name="r").digest
+    dropped = own_factors(rich, KindSettings(**kinds, embedding="drop")).module
+    assert (
+        dropped.deltas.keys() == Base.open(zoo.folder / "base").shapes.linear & kept.deltas.keys()
+    )
+
+
+def test_the_policy_of_kinds_holds_for_own_factors_in_a_build(tmp_path: Path) -> None:
+    model = make_model("qwen2", tied=False)
+    zoo = make_zoo(tmp_path / "zoo", model)
+    make_rich_module(model, "r", seed=4).save(zoo.folder / "r")
+    keys = {"backbone": {"method": "none"}, "modules": {"method": "lora"}}
+    with pytest.raises(RecipeError, match=r"is shared"):
+        build(zoo.recipe("cr", **keys), tmp_path / "bank")
+    drop = dict.fromkeys(EVERYTHING["kinds"], "drop")
+    bank = build(zoo.recipe("cr", **keys, kinds=drop), tmp_path / "bank")
+    assert not bank.load(bank.modules[1]).vectors
 
 
 def test_an_expert_that_is_the_backbone_has_nothing_of_its_own(zoos: Zoos, tmp_path: Path) -> None:

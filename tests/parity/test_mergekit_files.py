@@ -38,9 +38,8 @@ def test_a_file_means_what_it_means_there(method: str, tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path / "zoo", make_model())
     weights = {"a": 0.7, "b": 0.4} | ({"base": 0.5} if method == "linear" else {})
     models: list[dict[str, Any]] = [{"model": str(zoo.folder / name)} for name in weights]
-    if method != "sce":
-        for model, weight in zip(models, weights.values(), strict=True):
-            model["parameters"] = {"weight": weight}
+    for model, weight in zip(models, weights.values(), strict=True):
+        model["parameters"] = {"weight": weight}
     document = {
         "merge_method": method,
         "base_model": str(zoo.folder / "base"),

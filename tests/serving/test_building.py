@@ -18,7 +18,8 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mergeroute.adapters.bank import Bank
+from mergeroute.adapters.backbone import Backbone
+from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.errors import (
     BankError,
@@ -28,7 +29,8 @@ from mergeroute.adapters.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from mergeroute.adapters.experts import Base
+from mergeroute.adapters.experts import Base, open_expert
+from mergeroute.adapters.lora import Module
 from mergeroute.adapters.module_files import INT8_FILE
 from mergeroute.adapters.recipe import Recipe
 from mergeroute.adapters.recipe_file import read_recipe
@@ -245,7 +247,8 @@ def test_a_router_that_cannot_be_fitted_is_refused_before_anything_is_built(
         path = tmp_path / "own.jsonl"
         rows = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         path.write_text("\n".join(rows))
-    recipe = zoo.recipe("ab", router={"data": str(path), **settings})
+    examples = {} if "scorer" in settings else {"data": str(path)}
+    recipe = zoo.recipe("ab", router={**examples, **settings})
     with pytest.raises(error) as caught:
         check_router(recipe)
     for text in texts:
@@ -417,6 +420,44 @@ def test_an_exported_module_is_read_by_peft_whatever_the_bank_stores(
         wanted = merged_logits(bank, Blend({entry.name: 1.0}), ids)
         torch.testing.assert_close(found, wanted, atol=2e-3, rtol=1e-3)
         assert (wanted - merged_logits(bank, Blend(), ids)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"backbone": {"method": "none"}},
+        {"backbone": {"method": "none"}, "modules": {"method": "lora"}},
+        {"backbone": SUM, "shared": "module", "modules": {"rank": 2}},
+    ],
+)
+def test_a_module_of_a_kept_base_stands_on_the_base_and_on_the_bank(
+    keys: dict[str, Any], zoo: Zoo, tmp_path: Path
+) -> None:
+    bank = built(zoo.recipe("cd", **keys), tmp_path / "bank")
+    base, backbone = Base.open(zoo.folder / "base"), Base.open(bank.backbone.path)
+    export_module(tmp_path / "bank", "c", tmp_path / "c")
+    stated = Module.read(tmp_path / "c", name="c").backbones
+    assert stated == (bank.backbone.weights_digest, base.weights_digest)
+    for each in (base, backbone):
+        assert open_expert("c", tmp_path / "c", each).name == "c"
+
+
+def test_a_module_of_a_merged_backbone_does_not_stand_on_the_base(zoo: Zoo, tmp_path: Path) -> None:
+    bank = built(zoo.recipe("cd", backbone=SUM, modules={"rank": 2}), tmp_path / "bank")
+    base, backbone = Base.open(zoo.folder / "base"), Base.open(bank.backbone.path)
+    export_module(tmp_path / "bank", "c", tmp_path / "c")
+    for folder in (tmp_path / "c", bank.modules[0].path):
+        assert open_expert("c", folder, backbone).name == "c"
+        with pytest.raises(ModuleError, match=f"made for weights {backbone.weights_digest}, those"):
+            open_expert("c", folder, base)
+
+
+def test_an_export_of_loras_as_they_came_says_what_they_stand_on(zoo: Zoo, tmp_path: Path) -> None:
+    backbone = Backbone.open(zoo.folder / "base")
+    modules = [BankModule("c", zoo.folder / "c")]
+    write_bank(tmp_path / "bank", name="bank", backbone=backbone, modules=modules)
+    export_module(tmp_path / "bank", "c", tmp_path / "c")
+    assert Module.read(tmp_path / "c", name="c").backbones == (backbone.weights_digest,)
 
 
 def test_what_cannot_be_exported_is_refused(zoo: Zoo, tmp_path: Path) -> None:

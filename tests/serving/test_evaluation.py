@@ -32,6 +32,7 @@ from mergeroute.serving.evaluation import EvalOptions, evaluate
 from mergeroute.serving.figures import BACKBONE, EXPERTS, Figures, Report, mean_of
 from mergeroute.serving.hosting import Placement
 from mergeroute.serving.scoring import MetricName
+from mergeroute.serving.variants import recorded_recipe, static_recipe
 
 from ..tiny import make_model, make_module, make_tokenizer, reference_tokens
 from .conftest import WORDS, chat_ids, write_checkpoint
@@ -215,6 +216,47 @@ def test_experts_and_merges_are_measured_beside_the_bank(
     assert any("no router" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("name", ["upper", "digit", "base"])
+@pytest.mark.parametrize(
+    "options", [EvalOptions(experts=True), EvalOptions(compare=("average",), limit=1)]
+)
+def test_sources_that_are_no_longer_what_the_bank_was_built_from_are_refused(
+    name: str, options: EvalOptions, built: Bank, data: Path
+) -> None:
+    assert set(built.sources) == {"base", "upper", "digit"}
+    changed = replace(built, sources={**built.sources, name: "sha256:0"})
+    assert built.recipe is not None
+    paths = {entry["name"]: entry["path"] for entry in built.recipe["experts"]}
+    path = paths.get(name, built.recipe["base"])
+    with pytest.raises(BankError, match=f"{name}.* at {path} has digest .*, .* from sha256:0: put"):
+        evaluate(changed, data, options, placement=PLACEMENT)
+
+
+def test_an_expert_that_was_replaced_on_disk_is_refused(
+    checkpoint: Backbone, data: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("upper", 1), ("digit", 2)):
+        make_module(make_model(), name, seed=seed).save(tmp_path / name)
+    recipe = {
+        "base": str(checkpoint.path),
+        "experts": [{"name": name, "path": str(tmp_path / name)} for name in WORDS],
+    }
+    bank = build(Recipe.model_validate(recipe), tmp_path / "bank")
+    options = EvalOptions(max_tokens=1, experts=True, limit=1)
+    assert EXPERTS in evaluate(bank, data, options, placement=PLACEMENT).systems
+    make_module(make_model(), "digit", seed=3).save(tmp_path / "digit")
+    with pytest.raises(BankError, match=r"expert 'digit' at .*digit has digest .*build the bank"):
+        evaluate(bank, data, options, placement=PLACEMENT)
+
+
+def test_static_merges_treat_kinds_as_the_bank_does(built: Bank) -> None:
+    assert built.recipe is not None
+    kinds = {"norm": "drop", "bias": "exact"}
+    recipe = recorded_recipe(replace(built, recipe={**built.recipe, "kinds": kinds}))
+    assert recipe is not None
+    assert static_recipe(recipe, "ties").kinds.model_dump(exclude_unset=True) == kinds
+
+
 def test_a_task_whose_expert_scores_zero_is_left_out_of_the_normalised_mean() -> None:
     good = Figures("a", 2, {EXPERTS: 50.0, "auto": 40.0}, {EXPERTS: 100.0, "auto": 80.0})
     bad = Figures("b", 3, {EXPERTS: 0.0, "auto": 20.0})
@@ -301,6 +343,7 @@ def test_data_of_other_tasks_alone_is_all_generic_and_says_so(bank: Bank, tmp_pa
         ("ties:density=2", "density"),
         ("ties:rank=2", "rank is no parameter of method ties"),
         ("ties:density", "write METHOD:NAME=VALUE"),
+        ("ties:density=[", "is no value"),
         ("fisher", "calibration"),
     ],
 )

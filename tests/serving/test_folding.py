@@ -19,6 +19,7 @@ from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.cli import main
 from mergeroute.serving.evaluation import EvalOptions, evaluate
 from mergeroute.serving.hosting import Placement, host_banks
+from mergeroute.serving.inspection import inspect_path
 from mergeroute.serving.service import Service
 
 from ..tiny import make_model, make_tokenizer, reference_tokens
@@ -118,6 +119,12 @@ def test_a_folded_bank_folds_again_and_its_router_still_fits(
     (module,) = Bank.open(tmp_path / "third").modules
     members = module.provenance["members"]
     assert [m["provenance"]["folded_by"] for m in members] == ["lego", "lego"]
+    (shown,) = inspect_path(tmp_path / "third").document["modules"]
+    digest = Bank.open(tmp_path / "second").digest
+    assert shown["provenance"]["fold"] == {"to": 1, "method": "svd", "bank": digest}
+    digest = Bank.open(tmp_path / "first").digest
+    before = {"bytes": 20_000, "method": "lego", "bank": digest}
+    assert [m["provenance"]["fold"] for m in members] == [before, before]
 
 
 @pytest.mark.parametrize(

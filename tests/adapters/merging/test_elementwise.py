@@ -15,7 +15,7 @@ from torch import Tensor
 from mergeroute.adapters.errors import RecipeError
 from mergeroute.adapters.merging import elementwise as methods
 from mergeroute.adapters.merging.elect import tall_mask
-from mergeroute.adapters.merging.masks import emr_mask_and_rescale, emr_unified
+from mergeroute.adapters.merging.masks import emr_mask_and_rescale
 from mergeroute.adapters.merging.stack import Merged, Stack, as_rows, gathered
 
 from .deltas import expert_deltas, gaussian, stack_of
@@ -160,6 +160,8 @@ def test_consensus_keeps_what_two_experts_use(deltas: list[Tensor]) -> None:
     merged = torch.stack(deltas).sum(0)
     users = torch.stack([d.abs() > 0.4 * (merged - d).abs() for d in deltas]).sum(0)
     close(gathered(methods.consensus(stack_of(deltas))), merged * (users >= 2))
+    third = stack_of(deltas, weights=[0.3] * len(deltas))
+    close(gathered(methods.consensus(third)), 0.3 * merged * (users >= 2))
     assert torch.equal(
         tall_mask(deltas[0], merged, 0.4), deltas[0].abs() > 0.4 * (merged - deltas[0]).abs()
     )
@@ -171,7 +173,7 @@ def test_emr_takes_the_largest_with_the_elected_sign(deltas: list[Tensor]) -> No
     x = torch.stack(deltas)
     positive = x.sum(0) >= 0
     expected = torch.where(positive, x.clamp_min(0).amax(0), x.clamp_max(0).amin(0))
-    unified = gathered(emr_unified(stack_of(deltas)))
+    unified = gathered(methods.emr(stack_of(deltas)))
     close(unified, expected)
     for delta in map(as_rows, deltas):
         mask, rescale = emr_mask_and_rescale(delta, unified)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from mergeroute.adapters.build import open_sources
 from mergeroute.adapters.errors import RecipeError
+from mergeroute.adapters.merge import Merger
 from mergeroute.adapters.merging.elementwise import mwa, pcb, widen
-from mergeroute.adapters.merging.stack import Stack, as_rows, gathered
+from mergeroute.adapters.merging.stack import Context, Stack, as_rows, gathered
 
+from ...experts import make_zoo
+from ...tiny import make_model
 from .deltas import gaussian, stack_of
 
 
@@ -47,6 +53,13 @@ def test_pcb_does_not_depend_on_the_scale_of_the_deltas() -> None:
     torch.testing.assert_close(1024 * small, gathered(pcb(stack_of(deltas))))
 
 
+@pytest.mark.parametrize("unit_rms", [True, False])
+def test_equal_weights_leave_the_competition_of_pcb_as_it_is(unit_rms: bool) -> None:
+    deltas = [delta * 50 for delta in gaussian(4, 20, 20)]
+    third = gathered(pcb(stack_of(deltas, weights=[0.3] * 4), unit_rms=unit_rms))
+    torch.testing.assert_close(third, gathered(pcb(stack_of(deltas), unit_rms=unit_rms)))
+
+
 def slow_scores(change: Tensor) -> Tensor:
     """change: [T, i]."""
     ranks = change.argsort(1).argsort(1) / change.shape[1]
@@ -55,16 +68,53 @@ def slow_scores(change: Tensor) -> Tensor:
     return scores
 
 
-def test_widen_is_the_published_formula() -> None:
-    base = gaussian(1, 40, 12, seed=1)[0] * 100
-    deltas = gaussian(3, 40, 12)
+def slow_widen(deltas: list[Tensor], base: Tensor) -> Tensor:
+    """deltas, base: [out, in]."""
     experts = torch.stack(deltas).double() + base
     magnitude = (experts.norm(dim=1) - base.double().norm(dim=0)).abs()
     direction = 1 - torch.cosine_similarity(experts, base.double()[None], dim=1)
     weight = (slow_scores(magnitude) + slow_scores(direction)) / 2
-    expected = (weight[:, None] * torch.stack(deltas)).sum(0)
-    found = gathered(widen(Stack.of(deltas, base=base, block_elements=100)))
-    torch.testing.assert_close(found, expected.float())
+    return (weight[:, None] * torch.stack(deltas)).sum(0).float()
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (2, 5)])
+def test_widen_is_the_published_formula(is_transposed: bool, shape: tuple[int, int]) -> None:
+    base = gaussian(1, *shape, seed=1)[0] * 100
+    deltas = gaussian(3, *shape)
+    expected = slow_widen(deltas, base)
+    if is_transposed:
+        base, deltas = base.T.contiguous(), [delta.T.contiguous() for delta in deltas]
+        expected = expected.T
+    context = Context(is_transposed=is_transposed)
+    found = gathered(widen(Stack.of(deltas, base=base, context=context, block_elements=100)))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameter", "is_transposed"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", True),
+        ("gpt2", "transformer.wte.weight", True),
+        ("llama", "model.embed_tokens.weight", True),
+        ("llama", "model.layers.0.self_attn.q_proj.weight", False),
+    ],
+)
+def test_widen_scores_tokens_and_input_units(
+    architecture: str, parameter: str, is_transposed: bool, tmp_path: Path
+) -> None:
+    zoo = make_zoo(tmp_path, make_model(architecture))
+    recipe = zoo.recipe("ab", backbone={"method": "widen"})
+    base, experts = open_sources(recipe)
+    change = Merger(base, experts, recipe).change(parameter)
+    assert change is not None
+    before = zoo.base[parameter]
+    deltas = [zoo.experts[name][parameter] - before for name in "ab"]
+    if is_transposed:
+        before, deltas = before.T, [delta.T for delta in deltas]
+    expected = slow_widen(deltas, before)
+    found = gathered(change)
+    torch.testing.assert_close(found, expected.T if is_transposed else expected)
 
 
 def test_widen_ranks_the_entries_of_a_vector() -> None:
