@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     parser.add_argument("--plot", type=Path, help="also draw score against bytes there, PNG")
     arguments = parser.parse_args()
+    arguments.zoo = arguments.zoo.resolve()
     quieten()
     write_calibration(arguments.zoo)
     chosen = [r for r in rows() if _is_chosen(r, arguments.only)]

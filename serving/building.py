@@ -17,6 +17,7 @@ from ..adapters.backbone import locate
 from ..adapters.bank import Bank
 from ..adapters.blend import Blend
 from ..adapters.build import BuildTools, Calibrate, Calibrated, Progress, build
+from ..adapters.digest import short
 from ..adapters.errors import BlendError, RecipeError, RouterError
 from ..adapters.experts import Base, Expert
 from ..adapters.kinds import empty_model
@@ -60,7 +61,7 @@ def build_bank(
 def summary(bank: Bank) -> Table | str:
     """What came out: a row per module."""
     weights = sum(file.stat().st_size for file in bank.backbone.path.glob("*.safetensors"))
-    title = f"bank {escape(bank.name)}, backbone {weights / 1e6:,.1f} MB"
+    title = f"bank {escape(bank.name)} {short(bank.digest)}, backbone {weights / 1e6:,.1f} MB"
     if not bank.modules:
         return f"{title}, no modules"
     table = Table(title=title)
@@ -77,6 +78,10 @@ def summary(bank: Bank) -> Table | str:
             f"{report['error']:.3f}",
             f"{report['rounding_error']:.3f}",
         )
+    if bank.shared is not None:
+        size = sum(file.stat().st_size for file in bank.shared.path.glob("*.safetensors"))
+        share = f"{100 * size / weights:.1f}"
+        table.add_row("shared, always on", "", f"{size / 1e6:,.2f}", share, "", "")
     return table
 
 

@@ -37,6 +37,7 @@ def build(
         read_recipe(recipe), out, force=force, device=device or "auto", console=console
     )
     Console(emoji=False).print(summary(bank))
+    console.print(f"written to {escape(str(out))}", soft_wrap=True)
 
 
 @bank_commands.command()

@@ -339,7 +339,7 @@ def test_data_of_other_tasks_alone_is_all_generic_and_says_so(bank: Bank, tmp_pa
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("nonsense", "'nonsense' is unknown; known are"),
+        ("nonsense", "'nonsense' is unknown"),
         ("ties:density=2", "density"),
         ("ties:rank=2", "rank is no parameter of method ties"),
         ("ties:density", "write METHOD:NAME=VALUE"),
