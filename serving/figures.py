@@ -91,7 +91,7 @@ class Report:
                 "normalised score, experts = 100",
                 lambda f: [_percent((f.normalised or {}).get(s)) for s in self.systems],
             )
-        columns = ("routed %", "abstained %", "failed", "module kB", "% of backbone")
+        columns = ("routed %", "abstained %", "failed", "module kB", "% of backbone", "expert kB")
         yield self._table("routing and bytes", _routing_and_bytes, columns=columns)
 
     def _table(
@@ -189,14 +189,18 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _routing_and_bytes(figures: Figures) -> list[str]:
-    size = figures.module_bytes
     return [
         _percent(figures.routed),
         _percent(figures.abstained),
         str(figures.failed),
-        "-" if size is None else f"{size / 1000:,.1f}",
+        _kilobytes(figures.module_bytes),
         _percent(figures.module_percent),
+        _kilobytes(figures.expert_bytes),
     ]
+
+
+def _kilobytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1000:,.1f}"
 
 
 def _percent(value: float | None) -> str:
