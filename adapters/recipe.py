@@ -278,12 +278,22 @@ class Recipe(_Strict):
 
     def _check_weights(self) -> None:
         weights = [expert.weight for expert in self.experts]
+        if self.backbone.parameters.get("scale") == 0:
+            raise ValueError(
+                "backbone.scale is 0: nothing would be merged, say so by backbone: {method: none}"
+            )
         if not any(weights):
             raise ValueError("the weights of all experts are 0: nothing would be merged")
         if find_method(self.backbone.method).needs and min(weights) < 0:
             raise ValueError(
                 f"expert {self.experts[weights.index(min(weights))].name!r} has weight "
                 f"{min(weights):g}, {self.backbone.method} takes none below 0"
+            )
+        is_mean = self.backbone.method in ("linear", "average")
+        if is_mean and self.backbone.parameters["normalize"] and not sum(weights):
+            raise ValueError(
+                "the weights add up to 0, of which there is no mean: change them, or set "
+                "normalize: false for the sum"
             )
 
     @property

@@ -396,7 +396,10 @@ def test_an_expert_that_changes_only_what_is_left_out_is_refused(
         ({"names": "cd", "backbone": {"method": "none"}}, ("needs a merge",)),
         ({"names": "cd", "backbone": {"method": "ties"}}, ("ties", "dense", "shared: folded")),
         ({"names": "ac"}, ("task_arithmetic", "dense")),
-        ({"names": "cd", "backbone": {**SUM, "scale": 0}}, ("would change nothing",)),
+        (
+            {"names": "cd", "backbone": {**SUM, "lines": {"alpha": 0, "beta": 0}}},
+            ("would change nothing",),
+        ),
     ],
 )
 def test_a_shared_module_that_would_be_none_is_refused(

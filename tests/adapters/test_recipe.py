@@ -288,6 +288,17 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ),
         (
             {
+                "experts": [
+                    {**entry, "weight": weight}
+                    for entry, weight in zip(EXPERTS, (1, -1), strict=True)
+                ],
+                "backbone": {"method": "linear"},
+            },
+            ("add up to 0", "normalize: false"),
+        ),
+        ({"backbone": {"method": "ties", "scale": 0}}, ("scale is 0", "method: none")),
+        (
+            {
                 "experts": [EXPERTS[0], {**EXPERTS[1], "weight": -1}],
                 "backbone": {"method": "regmean"},
                 "calibration": "x",
