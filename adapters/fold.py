@@ -124,7 +124,7 @@ def fold(
         seal(
             folder,
             name=name,
-            backbone=_copy_backbone(source, manifest, bank, folder),
+            backbone=copy_backbone(source, manifest, bank, folder),
             modules=modules,
             recipe=manifest.recipe,
             sources=manifest.sources,
@@ -144,7 +144,7 @@ def _check_count(bank: Bank, to: int | None) -> None:
         )
 
 
-def _copy_backbone(source: Path, manifest: Manifest, bank: Bank, folder: Path) -> BackboneEntry:
+def copy_backbone(source: Path, manifest: Manifest, bank: Bank, folder: Path) -> BackboneEntry:
     """Copy the backbone, or refer to where it is."""
     entry = manifest.backbone
     if entry.folder is not None:

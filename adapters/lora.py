@@ -17,10 +17,18 @@ from torch import Tensor
 from .delta import LowRank
 from .digest import tensors_digest
 from .errors import ModuleError
-from .module_check import check_kind, check_layer, check_vector
+from .module_check import check_gate, check_kind, check_layer, check_vector
 from .module_files import CONFIG_FILE as CONFIG_FILE
 from .module_files import WEIGHTS_FILE as WEIGHTS_FILE
-from .module_files import Statements, read_factors, read_vectors, write_factors, write_vectors
+from .module_files import (
+    Statements,
+    read_factors,
+    read_gates,
+    read_vectors,
+    write_factors,
+    write_gates,
+    write_vectors,
+)
 from .peft_config import fold, read_config, ties_head
 from .shapes import Shapes
 
@@ -77,6 +85,8 @@ class Module:
     ties_head: where embedding and head share one weight, the embedding's delta counts for both;
     False leaves the head as it is, which is what PEFT trains unless told otherwise.
     backbones: digests of the weights that it was made to stand on, any of them; empty: unknown.
+    gates: vectors [i] by linear layer that it changes, trained to tell its tokens: by them alone
+    PHATGOOSE routes (arXiv:2402.05859).
     """
 
     name: str
@@ -85,11 +95,12 @@ class Module:
     embeddings: frozenset[str] = frozenset()
     ties_head: bool = True
     backbones: tuple[str, ...] = ()
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
-        """Content digest of names, factors and vectors; neither the module's name nor what it
-        stands on is part of it.
+        """Content digest of names, factors, vectors and gates; neither the module's name nor what
+        it stands on is part of it.
         """
         return tensors_digest(self._content())
 
@@ -132,7 +143,9 @@ class Module:
         }
         said = factors.stated
         ties = ties_head(config) if said.ties_head is None else said.ties_head
-        return cls(name, deltas, vectors, embeddings, ties if embeddings else True, said.backbones)
+        ties = ties if embeddings else True
+        gates = read_gates(folder)
+        return cls(name, deltas, vectors, embeddings, ties, said.backbones, gates)
 
     def check(self, layers: Shapes | Mapping[str, tuple[int, int]]) -> None:
         """Refuse a module that does not fit the layers or would do nothing.
@@ -146,6 +159,9 @@ class Module:
             check_kind(self.name, layer, shapes, is_embedding=layer in self.embeddings)
         for name, vector in self.vectors.items():
             check_vector(self.name, name, vector, shapes)
+        for layer, gate in self.gates.items():
+            is_inner = layer in shapes.linear and layer not in self.embeddings
+            check_gate(self.name, layer, gate, self.deltas.get(layer) if is_inner else None)
         self.resolved(shapes)
         changes = (*(d.norm() for d in self.deltas.values()), *map(_norm, self.vectors.values()))
         if not any(change > 0 for change in changes):
@@ -206,7 +222,7 @@ class Module:
         """Write a module folder: scales stay folded in, so alpha equals the rank.
 
         Floats make a plain PEFT LoRA folder; int8 a smaller one that only we read, with one scale
-        per component. Vectors, which PEFT has no place for, lie beside in float32.
+        per component. Vectors and gates, which PEFT has no place for, lie beside in float32.
 
         base: `base_model_name_or_path` for the readers that want one.
 
@@ -217,6 +233,7 @@ class Module:
         stated = Statements(self.ties_head if self.embeddings else None, self.backbones)
         write_factors(folder, self._named_factors(), dtype=dtype, stated=stated)
         write_vectors(folder, self.vectors)
+        write_gates(folder, self.gates)
         text = json.dumps(self._peft_config(base), indent=2, sort_keys=True)
         (folder / CONFIG_FILE).write_text(text + "\n")
 
@@ -229,6 +246,8 @@ class Module:
             yield name, self.vectors[name]
         if self.embeddings and not self.ties_head:
             yield "embedding alone", torch.zeros(0)
+        for layer in sorted(self.gates):
+            yield f"{layer}.gate", self.gates[layer]
 
     def _named_factors(self) -> Iterator[tuple[str, Tensor]]:
         for layer in sorted(self.deltas):

@@ -69,6 +69,33 @@ def check_vector(module: str, name: str, vector: Tensor, shapes: Shapes) -> None
         raise ModuleError(f"module {module!r} holds NaN or inf in {name!r}: its training diverged")
 
 
+def check_gate(module: str, layer: str, gate: Tensor, delta: LowRank | None) -> None:
+    """Refuse a gate vector beside no change of that layer, of another size, or without direction.
+
+    delta: the module's change of that layer.
+
+    Raises:
+        ModuleError: it names the layer and what to do.
+    """
+    if delta is None:
+        raise ModuleError(
+            f"module {module!r} has a gate for {layer!r}, which it does not change: gates belong "
+            "to linear layers that it changes"
+        )
+    if tuple(gate.shape) != (delta.shape[1],):
+        raise ModuleError(
+            f"module {module!r} has a gate of shape {tuple(gate.shape)} for {layer!r}, whose input "
+            f"has {delta.shape[1]} entries: it was trained on another base"
+        )
+    if not gate.isfinite().all():
+        raise ModuleError(f"module {module!r} holds NaN or inf in the gate of {layer!r}")
+    if bool((gate == gate[0]).all()):
+        raise ModuleError(
+            f"module {module!r} has a gate for {layer!r} with all entries equal, which points "
+            "nowhere: was it saved before training? Remove the file of gates, or train them"
+        )
+
+
 def _remedy(layer: str, shapes: Shapes) -> str:
     leaf = layer.rpartition(".")[2]
     similar = next((known for known in shapes.matrices if known.endswith(f".{leaf}")), None)

@@ -1,4 +1,4 @@
-"""Files of a module folder: PEFT's factors, our int8 factors, and the vectors beside them."""
+"""Files of a module folder: PEFT's factors, our int8 factors, vectors and gates beside them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 INT8_FILE = "adapter_int8.safetensors"
 VECTORS_FILE = "adapter_vectors.safetensors"
+GATES_FILE = "adapter_gates.safetensors"
 
 _PREFIX = "base_model.model."
 _STATEMENTS = "mergeroute"
@@ -107,18 +108,19 @@ class Factors:
 
 
 def module_files(folder: Path) -> list[Path]:
-    """The files of a module folder that count: configuration, factors, vectors if there are any.
+    """The files of a module folder that count: configuration, factors, vectors and gates if there
+    are any.
 
     Raises:
         ModuleError: the configuration or the factors are missing, or the factors are there twice.
     """
     if not (folder / CONFIG_FILE).is_file():
         raise ModuleError(f"{folder} holds no {CONFIG_FILE}: name a PEFT LoRA folder")
-    vectors = folder / VECTORS_FILE
+    beside = [folder / name for name in (VECTORS_FILE, GATES_FILE)]
     return [
         folder / CONFIG_FILE,
         _factors_file(folder),
-        *([vectors] if vectors.is_file() else []),
+        *(file for file in beside if file.is_file()),
     ]
 
 
@@ -164,7 +166,19 @@ def read_vectors(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModuleError: the file is damaged, or holds what is no vector of floats.
     """
-    path = folder / VECTORS_FILE
+    return _read_vectors(folder / VECTORS_FILE)
+
+
+def read_gates(folder: Path) -> dict[str, Tensor]:
+    """Gate vectors by layer name, float32.
+
+    Raises:
+        ModuleError: the file is damaged, or holds what is no vector of floats.
+    """
+    return _read_vectors(folder / GATES_FILE)
+
+
+def _read_vectors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         return {}
     vectors, frozen, _ = _read(path)
@@ -204,10 +218,19 @@ def write_factors(
 
 def write_vectors(folder: Path, vectors: Mapping[str, Tensor]) -> None:
     """Write vectors as float32 in the place of those that are there; none leave no file."""
-    (folder / VECTORS_FILE).unlink(missing_ok=True)
+    _write_vectors(folder / VECTORS_FILE, vectors)
+
+
+def write_gates(folder: Path, gates: Mapping[str, Tensor]) -> None:
+    """Write gate vectors as float32 in the place of those that are there; none leave no file."""
+    _write_vectors(folder / GATES_FILE, gates)
+
+
+def _write_vectors(path: Path, vectors: Mapping[str, Tensor]) -> None:
+    path.unlink(missing_ok=True)
     if vectors:
         tensors = {name: vectors[name].float().clone() for name in sorted(vectors)}
-        save_file(tensors, folder / VECTORS_FILE, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def quantise(factor: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:

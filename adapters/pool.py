@@ -171,7 +171,8 @@ def shrink_module(module: Module, ranks: Mapping[str, int], method: FoldMethod) 
         return lego([delta], rank=rank, reweight="parameter")
 
     deltas = {layer: shrunk(module.deltas[layer], rank) for layer, rank in ranks.items()}
-    return replace(module, deltas=deltas, embeddings=module.embeddings & deltas.keys())
+    gates = {layer: gate for layer, gate in module.gates.items() if layer in deltas}
+    return replace(module, deltas=deltas, embeddings=module.embeddings & deltas.keys(), gates=gates)
 
 
 def relative_error(found: Module, wanted: Module, shapes: Shapes) -> float:

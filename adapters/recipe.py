@@ -178,28 +178,67 @@ class KindSettings(_Strict):
 
 
 class SignalSection(_Strict):
-    """What of the prompt the router reads."""
+    """What of the prompt the router reads; everything that is named stands side by side."""
 
-    layer: int = Field(2, ge=1, description="how many of the backbone's layers are run")
-    pooling: Literal["mean", "last"] = Field("mean", description="over the prompt's tokens")
+    layer: int | tuple[int, ...] = Field(
+        2, description="after which of the backbone's layers, counted from 1; []: reads none"
+    )
+    pooling: Literal["mean", "last", "both"] = Field("last", description="over the prompt's tokens")
+    window: int = Field(128, ge=2, description="most tokens of a prompt that are read")
+    ngrams: int = Field(384, ge=0, le=65536, description="size of the n-gram vector; 0: none")
+    embedding: str | None = Field(None, description="sentence-transformers model (extra: text)")
+    recency: float | None = Field(
+        None, gt=0, lt=1, description="reads all turns, each weighing so much of the one after it"
+    )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, in order."""
+        return (self.layer,) if isinstance(self.layer, int) else self.layer
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> Self:
+        if low := [layer for layer in self.layers if layer < 1]:
+            raise ValueError(f"layer is {low[0]}: layers are counted from 1")
+        if not (self.layers or self.ngrams or self.embedding):
+            raise ValueError("the signal reads nothing: give layer, ngrams or embedding")
+        return self
+
+
+FITTED_SCORERS = ("prototype", "mlp", "retriever")
+TOKEN_SCORERS = ("arrow", "spectr", "phatgoose")
 
 
 class RouterSection(_Strict):
     """The router that is fitted with the bank."""
 
-    scorer: Literal["prototype", "fixed"] = Field("prototype", description="how it decides")
+    scorer: Literal["prototype", "mlp", "retriever", "fixed", "arrow", "spectr", "phatgoose"] = (
+        Field("prototype", description="how it decides")
+    )
     signal: SignalSection = Field(default_factory=SignalSection)
     policy: str = Field(
-        "softmax(0.5) | top_k(1) | abstain(0.005) | quantise", description="steps joined by |"
+        "softmax | top_k(1) | abstain(0.002) | quantise", description="steps joined by |"
     )
     data: str | None = Field(None, description="JSON lines of prompts with their task")
-    none: str | None = Field(None, description="JSON lines of prompts that no module serves")
+    none: str | None = Field(
+        None, description="JSON lines of prompts that no module serves, which it learns to leave"
+    )
     blend: str | None = Field(None, description="scorer fixed: name=weight, joined by commas")
+    settings: dict[str, Any] | None = Field(
+        None, description="scorers arrow, spectr and phatgoose: top_k, temperature, none and more"
+    )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it is fitted on prompts."""
+        return self.scorer in FITTED_SCORERS
 
     @model_validator(mode="after")
     def _check_scorer(self) -> Self:
-        if self.scorer == "prototype" and self.data is None:
-            raise ValueError("scorer prototype needs data: a JSON lines file of prompts and tasks")
+        if self.is_fitted and self.data is None:
+            raise ValueError(
+                f"scorer {self.scorer} needs data: a JSON lines file of prompts and tasks"
+            )
         if self.scorer == "fixed" and self.blend is None:
             raise ValueError("scorer fixed needs blend: name=weight, joined by commas")
         for key in sorted(self.model_fields_set & self._unused):
@@ -210,9 +249,10 @@ class RouterSection(_Strict):
     @property
     def _unused(self) -> frozenset[str]:
         """The keys that the scorer does not look at."""
-        if self.scorer == "fixed":
-            return frozenset({"signal", "policy", "data", "none"})
-        return frozenset({"blend"})
+        fitted = {"signal", "policy", "data", "none"}
+        if self.is_fitted:
+            return frozenset({"blend", "settings"})
+        return frozenset(fitted | ({"settings"} if self.scorer == "fixed" else {"blend"}))
 
     @model_serializer(mode="wrap")
     def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

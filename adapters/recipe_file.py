@@ -80,7 +80,11 @@ def resolved(recipe: Recipe, folder: Path) -> Recipe:
 
     router = recipe.router
     if router is not None:
-        router = router.model_copy(update={"data": data(router.data), "none": data(router.none)})
+        said = router.signal
+        if said.embedding is not None:
+            said = said.model_copy(update={"embedding": source(said.embedding)})
+        files = {"data": data(router.data), "none": data(router.none)}
+        router = router.model_copy(update={**files, "signal": said})
     experts = tuple(e.model_copy(update={"path": source(e.path)}) for e in recipe.experts)
     return recipe.model_copy(
         update={

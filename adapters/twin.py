@@ -146,7 +146,10 @@ def own_factors(expert: Expert, kinds: KindSettings) -> Extracted:
     deltas = {name: delta for name, delta in expert.module.deltas.items() if kept[name]}
     vectors = {name: vector for name, vector in expert.module.vectors.items() if kept[name]}
     embeddings = expert.module.embeddings & deltas.keys()
-    module = replace(expert.module, deltas=deltas, vectors=vectors, embeddings=embeddings)
+    gates = {name: gate for name, gate in expert.module.gates.items() if name in deltas}
+    module = replace(
+        expert.module, deltas=deltas, vectors=vectors, embeddings=embeddings, gates=gates
+    )
     return Extracted(module, error=0.0)
 
 

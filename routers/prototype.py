@@ -1,118 +1,302 @@
-"""Prototype scorer: class means with one shared, shrunk covariance; its distance tells outliers."""
+"""Prototype head: class means with one shared, shrunk covariance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from ..adapters.errors import RouterError
 from .base import Scores
+from .folds import calibrate, targets_of
 
-_FOLDS = 5
+_NONE = -1
+_PROMPTS_PER_NONE_CENTROID = 24
+_MOST_NONE_CENTROIDS = 64
+_TENSORS = ("means", "owners", "bias", "allowance", "spread", "center", "whitening")
+_FEWEST_FOR_ALLOWANCE = 3
+_DEVIATIONS = 3.0
+_ROWS_AT_ONCE = 32
+_SMALLEST_SCALE = 0.01
+"""Of a feature, as a share of the mean: one that is always the same says nothing about others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prototype:
-    """Linear discriminant analysis.
+    """Linear discriminant analysis in which a class may have several means.
 
-    modules: names, in the order of the means. means: whitened class means, [m, d].
-    whitening: [d, d]; distances are Euclidean after it. calibration: ascending squared distances
-    of held-out prompts to the nearest mean.
+    A module's logit is half the negative squared Mahalanobis distance to its nearest mean, divided
+    by a temperature, so that a softmax tells how often the best is right. Where prompts that no
+    module serves were given, they have means of their own, and `distance` is how much better the
+    nearest of these fits than the best module: log odds. Otherwise it is the squared distance to
+    the nearest mean.
+
+    A mean of few prompts lies beside the true one, by which every distance to it is too large:
+    what is expected of that, the spread of the prompts over their number, is taken off.
+
+    modules: names. means: whitened, [c, d]. owners: module of each mean by index; -1: of none.
+    bias: [c], what is taken off squared distances. spread: of whitened prompts around their mean.
+    allowance: [modules], taken off `distance` where the module is the best: 0 for those that were
+    fitted; the few samples of one that was added since say less about where its prompts end.
+    center: [d], taken from features before the whitening [d, d]; distances are Euclidean after it.
+    calibration: ascending distances of the modules' prompts, each held out; at least 0.
+    basis: how modules are known that were added since the fit.
+
+    Source: Lee et al. 2018, arXiv:1807.03888, section 2.1 (Mahalanobis distance to class means
+    with a tied covariance).
     """
 
     modules: tuple[str, ...]
     means: Tensor
+    owners: Tensor
+    bias: Tensor
+    allowance: Tensor
+    spread: Tensor
+    center: Tensor
     whitening: Tensor
-    calibration: tuple[float, ...]
+    calibration: tuple[float, ...] = ()
+    temperature: float = 1.0
+    basis: Mapping[str, str] = field(default_factory=dict)
     name: str = "prototype"
 
     @classmethod
-    def fit(cls, features: Tensor, labels: Sequence[str], *, modules: Sequence[str]) -> Prototype:
+    def fit(
+        cls,
+        features: Tensor,
+        labels: Sequence[str],
+        *,
+        modules: Sequence[str],
+        none: Tensor | None = None,
+        centroids: int = 1,
+    ) -> Prototype:
         """Fit on features [n, d] with a module name each.
 
-        The distances of held-out prompts come from 5-fold cross-validation, so that the policy can
-        turn a rate of false rejections into a threshold.
+        none: features of prompts that no module serves, [k, d]; they are clustered, since one mean
+        cannot stand for all that users may ask. centroids: means of a module, at most one per two
+        prompts. The distances of held-out prompts come from 5-fold cross-validation, so that the
+        policy can turn a rate of false rejections into a threshold.
 
         Raises:
             RouterError: a module has fewer than 5 prompts, or a label is no module.
         """
-        index = {name: k for k, name in enumerate(modules)}
-        if unknown := set(labels) - index.keys():
-            raise RouterError(f"prompts name {min(unknown)!r}, no module: {', '.join(modules)}")
-        targets = torch.tensor([index[label] for label in labels])
-        counts = targets.bincount(minlength=len(modules))
-        if counts.min() < _FOLDS:
-            poorest = modules[int(counts.argmin())]
-            raise RouterError(
-                f"module {poorest!r} has {int(counts.min())} prompts, at least {_FOLDS} are needed"
-            )
-        features = features.double()
-        means, whitening = _fit(features, targets, len(modules))
-        distances = _held_out_distances(features, targets, len(modules))
-        return cls(
-            modules=tuple(modules),
-            means=means.float(),
-            whitening=whitening.float(),
-            calibration=tuple(distances.sort().values.tolist()),
+        others = features.new_zeros(0, features.shape[1]) if none is None else none
+        rows = torch.cat([features, others]).double()
+        targets = targets_of(labels, modules, none=len(others))
+
+        def fitted(kept: Tensor) -> Prototype:
+            return _fit(rows[kept], targets[kept], modules, centroids)
+
+        temperature, calibration = calibrate(
+            lambda kept, left: fitted(kept).logits(rows[left]), targets, modules=len(modules)
         )
+        whole = fitted(torch.ones_like(targets, dtype=torch.bool))
+        return replace(whole, calibration=calibration, temperature=temperature)
 
     def score(self, features: Tensor) -> Scores:
-        """Half the negative squared Mahalanobis distance per module."""
-        distances = _squared_distances(features[None], means=self.means, whitening=self.whitening)[
-            0
-        ]
-        logits = (-0.5 * distances).tolist()
+        """Logits of a prompt's features [d], and how unlike the modules' prompts it is."""
+        if not self.modules:
+            return Scores({})
+        logits, distance = self.logits(features[None])
+        own, none = logits[0, : len(self.modules)], logits[0, len(self.modules) :]
         return Scores(
-            logits=dict(zip(self.modules, logits, strict=True)),
-            distance=float(distances.min()),
+            logits=dict(zip(self.modules, (own / self.temperature).tolist(), strict=True)),
+            none=float(none[0]) / self.temperature if len(none) else None,
+            distance=float(distance[0]),
             calibration=self.calibration,
+            basis=self.basis,
+        )
+
+    def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the modules and then of none, [n, modules + 1], or without it, not divided
+        yet, and distances [n], of features [n, d]; float64.
+        """
+        squares = self._squares((features.double() - self.center) @ self.whitening)
+        owners = [*range(len(self.modules)), *([_NONE] if self._knows_none else [])]
+        nearest = [squares[:, self.owners == owner].min(1).values for owner in owners]
+        logits = -0.5 * torch.stack(nearest, 1)
+        if not self._knows_none:
+            return logits, squares.min(1).values
+        best = logits[:, :-1].max(1)
+        return logits, logits[:, -1] - best.values - self.allowance[best.indices]
+
+    @property
+    def _knows_none(self) -> bool:
+        return bool((self.owners == _NONE).any())
+
+    def with_module(self, name: str, features: Tensor) -> Prototype:
+        """This scorer and the mean of features [n, d]; see `Head.with_module`.
+
+        Its allowance lets in all but what lies three standard deviations from its samples, as far
+        as each is told from other prompts by a mean of the rest.
+        """
+        without = self.without_module(name)
+        rows = (features.double() - self.center) @ self.whitening
+        count = len(rows)
+        return replace(
+            without,
+            modules=(*without.modules, name),
+            means=torch.cat([without.means, rows.mean(0, keepdim=True)]),
+            owners=torch.cat([without.owners, torch.tensor([len(without.modules)])]),
+            bias=torch.cat([without.bias, self.spread.reshape(1) / count]),
+            allowance=torch.cat([without.allowance, self._allowance(rows).reshape(1)]),
+            basis={**without.basis, name: f"{count} sample{'s'[: count != 1]}"},
+        )
+
+    def _allowance(self, rows: Tensor) -> Tensor:
+        """Of a module with whitened samples [n, d]."""
+        count = len(rows)
+        if count < _FEWEST_FOR_ALLOWANCE or not self._knows_none:
+            return torch.zeros((), dtype=torch.float64)
+        others = (rows.sum(0) - rows) / (count - 1)
+        own = (rows - others).square().sum(1) - self.spread / (count - 1)
+        none = self._squares(rows)[:, self.owners == _NONE].min(1).values
+        distances = 0.5 * (own - none)
+        return (distances.mean() + _DEVIATIONS * distances.std()).clamp_min(0)
+
+    def _squares(self, rows: Tensor) -> Tensor:
+        """Squared distances of whitened rows [n, d] to the means, [n, c]; a formula with products
+        loses digits far from the origin."""
+        parts = [rows[k : k + _ROWS_AT_ONCE, None] for k in range(0, len(rows), _ROWS_AT_ONCE)]
+        squares = [(part - self.means).square().sum(-1) for part in parts]  # [rows, c] each
+        return torch.cat(squares) - self.bias
+
+    def without_module(self, name: str) -> Prototype:
+        """This scorer without a module; see `Head.without_module`."""
+        if name not in self.modules:
+            return self
+        gone = self.modules.index(name)
+        kept = self.owners != gone
+        owners = self.owners[kept]
+        return replace(
+            self,
+            modules=tuple(n for n in self.modules if n != name),
+            means=self.means[kept],
+            owners=owners - (owners > gone).long(),
+            bias=self.bias[kept],
+            allowance=self.allowance[[k for k in range(len(self.modules)) if k != gone]],
+            basis={n: basis for n, basis in self.basis.items() if n != name},
         )
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save."""
         return {
-            "means": self.means,
-            "whitening": self.whitening.contiguous(),
+            "means": self.means.float(),
+            "owners": self.owners,
+            "bias": self.bias,
+            "allowance": self.allowance,
+            "spread": self.spread,
+            "center": self.center.float(),
+            "whitening": self.whitening.float().contiguous(),
             "calibration": torch.tensor(self.calibration, dtype=torch.float64),
+            "temperature": torch.tensor(self.temperature, dtype=torch.float64),
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], modules: Sequence[str]) -> Prototype:
+    def from_state(cls, state: Mapping[str, Tensor], modules: Sequence[str]) -> Prototype:
         """Undo `state`.
 
         Raises:
             RouterError: tensors are missing or their shapes do not belong together.
         """
         try:
-            means, whitening = state["means"], state["whitening"]
-            calibration = tuple(state["calibration"].tolist())
+            tensors = {key: state[key] for key in _TENSORS}
+            calibration, temperature = state["calibration"], state["temperature"]
         except KeyError as error:
             raise RouterError(f"the prototype router lacks tensor {error}: fit it again") from error
-        size = means.shape[-1]
-        if means.shape != (len(modules), size) or whitening.shape != (size, size):
-            raise RouterError(
-                f"prototype means {tuple(means.shape)} and whitening {tuple(whitening.shape)} do "
-                f"not fit {len(modules)} modules: fit the router again"
-            )
-        if not (means.isfinite().all() and whitening.isfinite().all()):
-            raise RouterError("the prototype router holds NaN or inf: fit it again")
-        return cls(tuple(modules), means, whitening, calibration)
+        _check_state(tensors, len(modules))
+        if not (_is_finite(calibration) and _is_finite(temperature) and float(temperature) > 0):
+            raise RouterError("the prototype router's calibration is damaged: fit it again")
+        exact = {key: tensor.double() for key, tensor in tensors.items()}
+        return cls(
+            modules=tuple(modules),
+            means=exact["means"],
+            owners=tensors["owners"],
+            bias=exact["bias"],
+            allowance=exact["allowance"],
+            spread=exact["spread"],
+            center=exact["center"],
+            whitening=exact["whitening"],
+            calibration=tuple(calibration.double().sort().values.tolist()),
+            temperature=float(temperature),
+        )
 
 
-def _fit(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Whitened means [m, d] and the whitening [d, d]."""
-    means = torch.stack([features[targets == k].mean(0) for k in range(classes)])
-    covariance = ledoit_wolf(features - means[targets])
+def _check_state(tensors: Mapping[str, Tensor], modules: int) -> None:
+    count, size = tensors["means"].shape
+    expected = {
+        "means": (count, size),
+        "owners": (count,),
+        "bias": (count,),
+        "allowance": (modules,),
+        "spread": (),
+        "center": (size,),
+        "whitening": (size, size),
+    }
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if shapes != expected or set(tensors["owners"].tolist()) - {_NONE} != set(range(modules)):
+        raise RouterError(
+            f"the prototype router's shapes {shapes} do not fit {modules} modules: fit it again"
+        )
+    if not all(map(_is_finite, tensors.values())):
+        raise RouterError("the prototype router holds NaN or inf: fit it again")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _fit(rows: Tensor, targets: Tensor, modules: Sequence[str], centroids: int) -> Prototype:
+    """Means and whitening, not calibrated yet; the class after the modules is none."""
+    center, scale = rows.mean(0), rows.std(0)
+    scale = scale.clamp_min(_SMALLEST_SCALE * float(scale.mean()) or 1.0)
+    scaled = (rows - center) / scale
+    none = scaled[targets == len(modules)]
+    clusters = [
+        (k, group)
+        for k in range(len(modules))
+        for group in _clusters(scaled[targets == k], centroids)
+    ]
+    wanted = min(_MOST_NONE_CENTROIDS, -(-len(none) // _PROMPTS_PER_NONE_CENTROID))
+    clusters += [(_NONE, group) for group in _clusters(none, wanted)]
+    means = torch.stack([group.mean(0) for _, group in clusters])
+    residuals = torch.cat([group - group.mean(0) for _, group in clusters])
+    whitening = _whitening(ledoit_wolf(residuals))
+    spread = (residuals @ whitening).square().sum() / max(1, len(residuals) - len(clusters))
+    sizes = torch.tensor([len(group) for _, group in clusters])
+    return Prototype(
+        modules=tuple(modules),
+        means=means @ whitening,
+        owners=torch.tensor([owner for owner, _ in clusters]),
+        bias=spread / sizes,
+        allowance=torch.zeros(len(modules), dtype=torch.float64),
+        spread=spread,
+        center=center,
+        whitening=whitening / scale[:, None],
+    )
+
+
+def _clusters(rows: Tensor, count: int) -> list[Tensor]:
+    """Rows [n, d] in at most `count` groups that are not empty, at least two rows to each mean on
+    average; the same every time."""
+    count = min(count, len(rows) // 2 or len(rows))
+    if count <= 1:
+        return [rows] if len(rows) else []
+    _, labels = kmeans2(rows.numpy(), count, minit="++", seed=0, iter=50, missing="warn")
+    groups = torch.from_numpy(labels)
+    return [rows[groups == k] for k in groups.unique()]  # type: ignore[no-untyped-call]
+
+
+def _whitening(covariance: Tensor) -> Tensor:
+    """[d, d] after which rows with this covariance have the identity."""
     values, vectors = torch.linalg.eigh(covariance)
     if not values.max() > 0:
         raise RouterError("the prompts of each module are all alike: give different ones")
     floor = values.max() * 1e-10
-    whitening = vectors / values.clamp_min(floor).sqrt()  # [d, d], columns scaled
-    return means @ whitening, whitening
+    whitening: Tensor = vectors / values.clamp_min(floor).sqrt()  # columns scaled
+    return whitening
 
 
 def ledoit_wolf(residuals: Tensor) -> Tensor:
@@ -130,32 +314,3 @@ def ledoit_wolf(residuals: Tensor) -> Tensor:
     noise = (squared_norms.square().sum() / count - covariance.square().sum()) / count
     shrinkage = (noise / dispersion).clamp(0, 1) if dispersion > 0 else torch.tensor(1.0)
     return (1 - shrinkage) * covariance + shrinkage * mean_variance * identity
-
-
-def _squared_distances(features: Tensor, *, means: Tensor, whitening: Tensor) -> Tensor:
-    """[n, d] to [n, m], float64: far from the origin, float32 and cdist's products lose digits."""
-    whitened = features.double() @ whitening.double()
-    return (whitened[:, None] - means.double()).square().sum(-1)
-
-
-def _held_out_distances(features: Tensor, targets: Tensor, classes: int) -> Tensor:
-    """Squared distance of every row to the nearest mean, fitted without the row's fold, [n]."""
-    folds = _stratified_folds(targets)
-    distances = torch.empty(len(targets), dtype=features.dtype)
-    for fold in range(_FOLDS):
-        is_held_out = folds == fold
-        means, whitening = _fit(features[~is_held_out], targets[~is_held_out], classes)
-        held_out = _squared_distances(features[is_held_out], means=means, whitening=whitening)
-        distances[is_held_out] = held_out.min(1).values
-    return distances
-
-
-def _stratified_folds(targets: Tensor) -> Tensor:
-    """A fold per row: every class is dealt out in a fixed shuffled order."""
-    generator = torch.Generator().manual_seed(0)
-    folds = torch.empty_like(targets)
-    for k in targets.unique().tolist():  # type: ignore[no-untyped-call]
-        rows = (targets == k).nonzero()[:, 0]
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        folds[shuffled] = torch.arange(len(rows)) % _FOLDS
-    return folds

@@ -1,99 +1,110 @@
-"""Routers on disk: router.json, and the scorer's tensors beside it."""
+"""Routers on disk: router.json, and the tensors of what was fitted beside it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..adapters.blend import Blend
 from ..adapters.digest import file_digest, json_digest
 from ..adapters.errors import BlendError, RouterError
 from .base import Encode, Scorer, Signal
+from .chance import Chance
+from .ensemble import Ensemble
 from .fixed import Fixed
+from .learned import Fitted, Learned
+from .mlp import Mlp
+from .ngrams import Ngrams
 from .policies import Policy
 from .prototype import Prototype
-from .router import Router
-from .signals import HiddenState, NoSignal
+from .retriever import Retriever
+from .router import RequestRouter, Router, TokenRouter
+from .rules import Rule, Rules
+from .settings import (
+    ChanceSettings,
+    EnsembleSettings,
+    FixedSettings,
+    LearnedSettings,
+    MemberSettings,
+    PluginSettings,
+    RouterSettings,
+    RulesSettings,
+    SignalSettings,
+    TokenSettings,
+)
+from .signals import CACHED_PROMPTS, Cached, HiddenState, Joined, Recency
+from .token_routing import TokenRouting
 
 CONFIG_FILE = "router.json"
 TENSORS_FILE = "scorer.safetensors"
-DEFAULT_POLICY = "softmax(0.5) | top_k(1) | abstain(0.005) | quantise"
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SignalSettings(_Strict):
-    """Which hidden state is read."""
-
-    layer: int = Field(2, ge=1, description="how many of the backbone's layers are run")
-    pooling: Literal["mean", "last"] = Field("mean", description="over the prompt's tokens")
-
-
-class _Renaming(_Strict):
-    renamed: dict[str, str] | None = Field(
-        None, description="where modules have gone since, by the name the scorer knows"
-    )
-
-
-class PrototypeSettings(_Renaming):
-    """A fitted prototype router."""
-
-    scorer: Literal["prototype"] = "prototype"
-    modules: tuple[str, ...] = Field(min_length=1, description="in the order of the means")
-    signal: SignalSettings = Field(default_factory=SignalSettings, description="what is read")
-    policy: str = Field(DEFAULT_POLICY, description="steps joined by |")
-
-    @model_validator(mode="after")
-    def _check_renamed(self) -> Self:
-        if unknown := set(self.renamed or ()) - set(self.modules):
-            raise ValueError(f"renamed speaks of {min(unknown)!r}, which is none of modules")
-        return self
-
-
-class FixedSettings(_Renaming):
-    """The same blend for every prompt."""
-
-    scorer: Literal["fixed"] = "fixed"
-    blend: str = Field(description="name=weight, joined by commas")
+PLUGINS = "mergeroute.routers"
+"""Entry points: each a function of (settings, modules, signal) that gives a `Scorer`."""
 
 
 class _Settings(BaseModel):
-    router: Annotated[PrototypeSettings | FixedSettings, Field(discriminator="scorer")]
+    router: Annotated[RouterSettings, Field(discriminator="scorer")]
 
 
-def save_prototype(folder: Path, scorer: Prototype, settings: PrototypeSettings) -> None:
-    """Write a fitted router into a folder."""
+def save_router(
+    folder: Path,
+    settings: RouterSettings,
+    *,
+    fitted: Mapping[int, Fitted] | Fitted | None = None,
+) -> None:
+    """Write a router into a folder.
+
+    fitted: the scorer, where it was fitted; of an ensemble by the member's place.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(scorer.state(), folder / TENSORS_FILE)
+    if fitted is not None:
+        save_file(_tensors(fitted), folder / TENSORS_FILE)
     _write(folder, settings)
 
 
-def save_fixed(folder: Path, blend: Blend) -> None:
-    """Write a router that always answers with one blend."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, FixedSettings(blend=blend.weights_text))
+def load_router(folder: Path, *, encode: Encode, backbone: str | None = None) -> Router:
+    """Read a router.
 
-
-def load_router(folder: Path, *, encode: Encode) -> Router:
-    """Read a router. encode: runs the backbone's first layers.
+    encode: runs the backbone's first layers. backbone: its digest, to be compared with that of the
+    backbone on which the router was fitted.
 
     Raises:
-        RouterError: a file is missing or damaged, or a setting is out of range.
+        RouterError: a file is missing or damaged, a setting is out of range, or the router was
+            fitted on another backbone.
     """
-    settings = _read(folder)
-    policy = "quantise" if isinstance(settings, FixedSettings) else settings.policy
-    signal, scorer = _parts(folder, settings, encode)
-    return Router(
-        signal, scorer, Policy.parse(policy), digest=_digest(folder), renamed=settings.renamed or {}
-    )
+    settings = read_settings(folder)
+    if backbone and settings.backbone and settings.backbone != backbone:
+        raise RouterError(
+            f"the router of {folder} was fitted on backbone {settings.backbone}, this one is "
+            f"{backbone}: fit it again (mergeroute router fit)"
+        )
+    digest = _digest(folder)
+    if isinstance(settings, TokenSettings):
+        return TokenRouter(_token_routing(settings), digest)
+    scorer = _Parts(folder, encode).scorer(settings)
+    policy = Policy.parse(getattr(settings, "policy", "quantise"))
+    return RequestRouter(scorer, policy, digest=digest, renamed=settings.renamed or {})
+
+
+def read_settings(folder: Path) -> RouterSettings:
+    """What router.json says.
+
+    Raises:
+        RouterError: it is missing or damaged.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return _Settings.model_validate({"router": json.loads(path.read_text("utf-8"))}).router
+    except (OSError, ValueError) as error:
+        detail = _explained(error) if isinstance(error, ValidationError) else str(error)
+        raise RouterError(f"{path} is missing or damaged: {detail}") from error
 
 
 def modules_of(folder: Path) -> tuple[str, ...]:
@@ -102,9 +113,9 @@ def modules_of(folder: Path) -> tuple[str, ...]:
     Raises:
         RouterError: as `load_router`.
     """
-    settings = _read(folder)
+    settings = read_settings(folder)
     renamed = settings.renamed or {}
-    return tuple(dict.fromkeys(renamed.get(name, name) for name in _known(settings)))
+    return tuple(dict.fromkeys(renamed.get(name, name) for name in settings.known))
 
 
 def rename_modules(folder: Path, names: Mapping[str, str]) -> None:
@@ -116,9 +127,9 @@ def rename_modules(folder: Path, names: Mapping[str, str]) -> None:
     Raises:
         RouterError: as `load_router`; or a fixed blend would give one module a weight beyond 8.
     """
-    settings = _read(folder)
+    settings = read_settings(folder)
     before = settings.renamed or {}
-    moved = {name: before.get(name, name) for name in _known(settings)}
+    moved = {name: before.get(name, name) for name in settings.known}
     after = {name: names.get(now, now) for name, now in moved.items()}
     if isinstance(settings, FixedSettings):
         _check_sum(_blend(settings), after)
@@ -126,9 +137,88 @@ def rename_modules(folder: Path, names: Mapping[str, str]) -> None:
     _write(folder, settings.model_copy(update={"renamed": renamed or None}))
 
 
-def _known(settings: PrototypeSettings | FixedSettings) -> tuple[str, ...]:
-    """The modules as the scorer knows them."""
-    return tuple(_blend(settings)) if isinstance(settings, FixedSettings) else settings.modules
+def signal_of(
+    settings: SignalSettings, *, encode: Encode, capacity: int = CACHED_PROMPTS
+) -> Signal:
+    """The signal that settings describe, remembering what it has read.
+
+    capacity: most prompts that are remembered.
+    """
+    parts: list[Signal] = []
+    if settings.layers:
+        parts.append(HiddenState(encode, settings.layers, settings.pooling, settings.window))
+    if settings.ngrams:
+        parts.append(Ngrams(settings.ngrams))
+    if settings.embedding:
+        from .embedding import SentenceEmbedding
+
+        parts.append(SentenceEmbedding(settings.embedding))
+    cached = Cached(parts[0] if len(parts) == 1 else Joined(tuple(parts)), capacity)
+    return cached if settings.recency is None else Recency(cached, settings.recency)
+
+
+class _Parts:
+    """Makes scorers; those with the same signal settings share the signal."""
+
+    def __init__(self, folder: Path, encode: Encode) -> None:
+        self._folder = folder
+        self._encode = encode
+        self._signals: dict[SignalSettings, Signal] = {}
+
+    def scorer(self, settings: MemberSettings | EnsembleSettings, prefix: str = "") -> Scorer:
+        if isinstance(settings, EnsembleSettings):
+            members = enumerate(settings.members)
+            return Ensemble(tuple(self.scorer(member, f"{k}.") for k, member in members))
+        if isinstance(settings, LearnedSettings):
+            return self._learned(settings, prefix)
+        if isinstance(settings, RulesSettings):
+            return Rules(tuple(Rule(**rule.model_dump()) for rule in settings.rules))
+        if isinstance(settings, ChanceSettings):
+            return Chance(settings.modules, seed=settings.seed)
+        if isinstance(settings, PluginSettings):
+            make = _plugin(settings.plugin)
+            return make(settings.settings, settings.modules, self._signal(settings.signal))
+        return Fixed(_blend(settings))
+
+    def _learned(self, settings: LearnedSettings, prefix: str) -> Scorer:
+        path = self._folder / TENSORS_FILE
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RouterError(f"{path} is missing or damaged: {error}") from error
+        state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        signal, modules = self._signal(settings.signal), settings.modules
+        if settings.scorer == "retriever":
+            return Retriever.from_state(state, modules, signal=signal)
+        kind: type[Prototype | Mlp] = Prototype if settings.scorer == "prototype" else Mlp
+        return Learned(signal, kind.from_state(state, modules))
+
+    def _signal(self, settings: SignalSettings) -> Signal:
+        if settings not in self._signals:
+            self._signals[settings] = signal_of(settings, encode=self._encode)
+        return self._signals[settings]
+
+
+def _plugin(name: str) -> Callable[..., Scorer]:
+    found = entry_points(group=PLUGINS, name=name)
+    if not found:
+        known = ", ".join(sorted(point.name for point in entry_points(group=PLUGINS))) or "none"
+        raise RouterError(
+            f"router plugin {name!r} is not installed ({PLUGINS} has: {known}): install its package"
+        )
+    make: Callable[..., Scorer] = next(iter(found)).load()
+    return make
+
+
+def _token_routing(settings: TokenSettings) -> TokenRouting:
+    return TokenRouting.parse({"method": settings.scorer, **settings.settings})
+
+
+def _tensors(fitted: Mapping[int, Fitted] | Fitted) -> dict[str, Tensor]:
+    if isinstance(fitted, Mapping):
+        states = {f"{place}.": each.state() for place, each in fitted.items()}
+        return {f"{prefix}{name}": t for prefix, s in states.items() for name, t in s.items()}
+    return dict(fitted.state())
 
 
 def _check_sum(blend: Blend, names: Mapping[str, str]) -> None:
@@ -140,19 +230,6 @@ def _check_sum(blend: Blend, names: Mapping[str, str]) -> None:
         ) from error
 
 
-def _parts(
-    folder: Path, settings: PrototypeSettings | FixedSettings, encode: Encode
-) -> tuple[Signal, Scorer]:
-    if isinstance(settings, FixedSettings):
-        return NoSignal(), Fixed(_blend(settings))
-    try:
-        state = load_file(folder / TENSORS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise RouterError(f"{folder / TENSORS_FILE} is missing or damaged: {error}") from error
-    signal = HiddenState(encode, settings.signal.layer, settings.signal.pooling)
-    return signal, Prototype.from_state(state, settings.modules)
-
-
 def _blend(settings: FixedSettings) -> Blend:
     try:
         return Blend.parse(settings.blend)
@@ -160,18 +237,17 @@ def _blend(settings: FixedSettings) -> Blend:
         raise RouterError(f"the fixed router's blend cannot be read: {error}") from error
 
 
-def _read(folder: Path) -> PrototypeSettings | FixedSettings:
-    path = folder / CONFIG_FILE
-    try:
-        return _Settings.model_validate({"router": json.loads(path.read_text())}).router
-    except (OSError, ValueError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise RouterError(f"{path} is missing or damaged: {detail}") from error
+def _explained(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][2:])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
 
 
 def _write(folder: Path, settings: BaseModel) -> None:
-    text = json.dumps(settings.model_dump(mode="json", exclude_none=True), indent=2)
-    (folder / CONFIG_FILE).write_text(text + "\n")
+    document: dict[str, Any] = settings.model_dump(mode="json", exclude_none=True)
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _digest(folder: Path) -> str:

@@ -1,17 +1,25 @@
-"""Fit a router from prompts, and measure one."""
+"""Fit a router's scorer on prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from .base import Encode, Query
+from ..adapters.errors import RouterError
+from .base import Query, Signal, Turn
+from .learned import Fitted, Learned
+from .mlp import Mlp
 from .prototype import Prototype
-from .router import Router
-from .signals import HiddenState
-from .store import PrototypeSettings
+from .retriever import Retriever
+
+SCORERS = ("prototype", "mlp", "retriever")
+HELD_OUT_SHARE = 0.2
+_CHUNK = 64
+_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -22,52 +30,123 @@ class Labelled:
     module: str | None
 
 
-@dataclass(frozen=True)
-class RoutingReport:
-    """How often a router was right, shares in [0, 1].
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """Prompts that a signal has read.
 
-    accuracy: prompts of a module that went to it with the largest weight.
-    rejected: prompts of a module that were left to the backbone.
-    kept: prompts of no module that were left to the backbone.
+    features: [n, d]. labels: the module of each; None: no module.
     """
 
-    accuracy: float
-    rejected: float
-    kept: float
+    features: Tensor
+    labels: tuple[str | None, ...]
+
+    def rows(self, chosen: Sequence[int]) -> Readings:
+        """Some of them."""
+        return Readings(self.features[list(chosen)], tuple(self.labels[k] for k in chosen))
 
 
-def fit_prototype(
+def fit(
+    scorer: str,
+    signal: Signal,
     examples: Sequence[Labelled],
-    settings: PrototypeSettings,
     *,
-    encode: Encode,
-    progress: Callable[[Iterable[Labelled]], Iterable[Labelled]] = lambda examples: examples,
-) -> Prototype:
-    """Read the signal of every example and fit class means.
+    modules: Sequence[str],
+    descriptions: Mapping[str, str] | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> Fitted:
+    """Read every example's signal and fit a scorer on them.
 
-    progress: wraps the loop over the examples, to show how far it is.
+    examples: of every module; those of no module teach it what to leave alone. Equal prompts
+    count once. descriptions: of modules, for the retriever. step: called after each example is
+    read.
 
     Raises:
-        RouterError: too few examples of a module, or one of another.
+        RouterError: too few examples of a module, one of another, or contradictory ones.
     """
-    signal = HiddenState(encode, settings.signal.layer, settings.signal.pooling)
-    features = torch.stack([signal.read(example.query) for example in progress(examples)])
-    labels = [str(example.module) for example in examples]
-    return Prototype.fit(features, labels, modules=settings.modules)
+    readings = read(signal, without_duplicates(examples), step=step)
+    return fit_readings(scorer, signal, readings, modules=modules, descriptions=descriptions)
 
 
-def evaluate(router: Router, examples: Iterable[Labelled]) -> RoutingReport:
-    """Route every example and count."""
-    right, rejected, kept = [], [], []
+def fit_readings(
+    scorer: str,
+    signal: Signal,
+    readings: Readings,
+    *,
+    modules: Sequence[str],
+    descriptions: Mapping[str, str] | None = None,
+) -> Fitted:
+    """Fit a scorer on prompts that were read already; see `fit`. The retriever looks at prompts of
+    modules alone.
+    """
+    labels = [label for label in readings.labels if label is not None]
+    is_none = torch.tensor([label is None for label in readings.labels])
+    if len(modules) < 2 and not is_none.any():
+        raise RouterError(
+            f"all prompts are of {modules[0]!r}: with nothing to tell it from, a router cannot be "
+            "fitted; give prompts of a second module, or prompts that no module serves"
+        )
+    own = readings.features[~is_none]
+    none = readings.features[is_none] if is_none.any() else None
+    match scorer:
+        case "prototype":
+            return Learned(signal, Prototype.fit(own, labels, modules=modules, none=none))
+        case "mlp":
+            return Learned(signal, Mlp.fit(own, labels, modules=modules, none=none))
+        case "retriever":
+            return Retriever.fit(signal, own, labels, modules=modules, descriptions=descriptions)
+    raise RouterError(f"scorer {scorer!r} is not fitted on prompts: {', '.join(SCORERS)} are")
+
+
+def read(
+    signal: Signal, examples: Sequence[Labelled], *, step: Callable[[], None] = lambda: None
+) -> Readings:
+    """Read many prompts, some at a time; at least one. step: called after each."""
+    features = []
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        features.append(signal.read([example.query for example in chunk]))
+        for _ in chunk:
+            step()
+    return Readings(torch.cat(features), tuple(example.module for example in examples))
+
+
+def without_duplicates(examples: Sequence[Labelled]) -> list[Labelled]:
+    """Each prompt once.
+
+    Raises:
+        RouterError: one prompt is said to be served by two modules, or by one and by none.
+    """
+    found: dict[tuple[Turn, ...], Labelled] = {}
     for example in examples:
-        blend = router.route(example.query).blend
-        if example.module is None:
-            kept.append(not blend)
-        else:
-            rejected.append(not blend)
-            right.append(bool(blend) and max(blend, key=lambda m: blend[m]) == example.module)
-    return RoutingReport(accuracy=_share(right), rejected=_share(rejected), kept=_share(kept))
+        earlier = found.setdefault(example.query.turns, example)
+        if earlier.module != example.module:
+            raise RouterError(
+                f"the prompt {_shown(example.query)} is given for {_called(earlier.module)} and "
+                f"for {_called(example.module)}: decide for one"
+            )
+    return list(found.values())
 
 
-def _share(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags) if flags else float("nan")
+def split(examples: Sequence[Labelled]) -> tuple[list[int], list[int]]:
+    """What to fit on, and a fifth to measure on, by their places: a prompt's digest decides, so
+    that the same prompt is always on the same side."""
+    sides: tuple[list[int], list[int]] = ([], [])
+    for place, example in enumerate(examples):
+        sides[_fraction(example.query) < HELD_OUT_SHARE].append(place)
+    return sides
+
+
+def _fraction(query: Query) -> float:
+    """Of the turns' text and tokens, in [0, 1)."""
+    said = repr([(turn.token_ids, turn.text) for turn in query.turns])
+    digest = hashlib.sha256(said.encode("ascii", "backslashreplace")).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
+
+
+def _shown(query: Query) -> str:
+    text = query.text
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
+
+
+def _called(module: str | None) -> str:
+    return "no module" if module is None else repr(module)

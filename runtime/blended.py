@@ -2,7 +2,8 @@
 
 All resident modules share one pair of matrices per layer: A [R, i] and B [R, o], where a module is
 a contiguous slice of the R ranks. A row's gates g [R] hold its blend's weight at every rank of the
-module and zero elsewhere, so that one batch mixes any blends: y = x Wᵀ + ((x Aᵀ) * g) B.
+module and zero elsewhere, so that one batch mixes any blends: y = x Wᵀ + ((x Aᵀ) * g) B. Where
+modules are weighed by token, a linear layer adds to g what it takes from x.
 """
 
 from __future__ import annotations
@@ -59,7 +60,16 @@ class BlendedMatrix(Blended):
 
 
 class BlendedLinear(BlendedMatrix):
-    """A linear layer (nn.Linear, or GPT-2's Conv1D) plus the gated sum of resident deltas."""
+    """A linear layer (nn.Linear, or GPT-2's Conv1D) plus the gated sum of resident deltas.
+
+    name: in the model.
+    """
+
+    def __init__(
+        self, base: nn.Module, *, name: str, in_features: int, out_features: int, part: Part
+    ) -> None:
+        super().__init__(base, in_features=in_features, out_features=out_features, part=part)
+        self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., i] to [..., o]."""
@@ -68,11 +78,12 @@ class BlendedLinear(BlendedMatrix):
         if gated is None:
             return y
         x_rows, y_rows = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
+        gates = gated.of_layer(self.name, x_rows)
         for segment in gated.segments:
             rows = slice(segment.start, segment.stop)
             for low, high in segment.ranks:
                 shrunk = F.linear(x_rows[rows], self.a[low:high])  # [rows, ranks]
-                shrunk.mul_(gated.gates[rows, low:high])
+                shrunk.mul_(gates[rows, low:high])
                 y_rows[rows].addmm_(shrunk, self.b[low:high])
         return y
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from .gating import Routed
+
 Part = Literal["inner", "embedding", "head", "vectors", "head_vectors"]
 """The layers that see the same rows and gates: inner linear layers; embeddings; the head, which
 sees only the rows that are sampled; norms and biases; the head's bias."""
@@ -28,10 +30,21 @@ class Segment:
 class Gated:
     """What layers of one part follow. gates: [rows, R]; of vectors [rows, slots], and the segments
     name all slots. Rows outside all segments stay on the backbone.
+    routed: rows whose gates each layer adds to by its own input.
     """
 
     gates: Tensor
     segments: tuple[Segment, ...]
+    routed: tuple[Routed, ...] = ()
+
+    def of_layer(self, layer: str, x_rows: Tensor) -> Tensor:
+        """The gates of one layer, [rows, R], for its input [rows, i]."""
+        if not self.routed:
+            return self.gates
+        gates = self.gates.clone()
+        for routed in self.routed:
+            routed.add_to(gates, layer, x_rows)
+        return gates
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..adapters.lora import Module
-from .types import GenerationRequest, TokenEvent
+from .types import GenerationRequest, TokenEvent, TokenGate
 
 
 class Generation:
@@ -99,10 +99,18 @@ class Engine(Protocol):
 
         Raises:
             ContextLengthError: prompt, or prompt plus `max_tokens`, is over `max_length`.
-            RequestError: another fault of the request.
-            UnknownModuleError: the blend names a digest that is not loaded.
+            RequestError: another fault of the request; a module that cannot be weighed by token.
+            UnknownModuleError: the blend or the gate names a digest that is not loaded.
             QueueFullError: too many requests wait.
             EngineStoppedError: the engine was stopped.
+        """
+
+    def prepare_gate(self, gate: TokenGate) -> None:
+        """Compute what a gate needs of its modules, in the caller's thread and once: seconds on a
+        large model. Where it was not called, `submit` does it, and takes the longer.
+
+        Raises:
+            RequestError, UnknownModuleError, EngineStoppedError: as `submit`.
         """
 
     def load_module(self, module: Module) -> str:
@@ -119,8 +127,13 @@ class Engine(Protocol):
             UnknownModuleError: no such module is loaded.
         """
 
-    def encode(self, prompt_ids: tuple[int, ...], layer: int) -> Tensor:
-        """Hidden states after the backbone's first `layer` layers, [t, hidden], float32."""
+    def encode(self, prompts: Sequence[tuple[int, ...]], layers: Sequence[int], /) -> list[Tensor]:
+        """Hidden states of prompts after the layers asked for, counted from 1, before any final
+        norm: [layers, t, hidden] a prompt, float32, of the backbone without modules.
+
+        Raises:
+            RouterError: the backbone has no such layer.
+        """
 
     def stats(self) -> EngineStats:
         """Counters and load."""

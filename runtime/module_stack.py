@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.blend import Blend
 from ..adapters.delta import LowRank
-from ..adapters.errors import ModuleError
+from ..adapters.errors import ModuleError, UnknownModuleError
 from ..adapters.lora import Module
 from ..adapters.shapes import Shapes
 from .blended import BlendedEmbedding, BlendedLinear, BlendedMatrix, BlendedVectors
@@ -23,6 +23,12 @@ WHOLE_STACK_SHARE = 2 / 3
 """Above this share of active ranks one pass over the whole stack beats a loop over slices."""
 
 _GROWTH = 1.25
+_BESIDE: dict[Part, str] = {
+    "embedding": "embeddings",
+    "head": "the head",
+    "vectors": "norms or biases",
+    "head_vectors": "the head's bias",
+}
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,41 @@ class PreparedModule:
     """A module ready to be copied in.
 
     factors: A [r, i] and B [r, o] by layer, in the model's dtype. vectors: changes by parameter.
-    parts: the parts of the model that it changes.
+    parts: the parts of the model that it changes. gates: its gate vectors, float32.
     """
 
+    name: str
     digest: str
     rank: int
     factors: Mapping[str, tuple[Tensor, Tensor]]
     vectors: Mapping[str, Tensor]
     parts: frozenset[Part]
+    gates: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ResidentModule:
+    """What of a resident module a gate asks for.
+
+    deltas: copies of its changes of inner linear layers, as they are served, on the CPU.
+    gates: its gate vectors by layer, float32. beside_inner: what else it changes, in words, or
+    nothing. name: that it was first loaded by.
+    """
+
+    name: str
+    digest: str
+    deltas: Mapping[str, LowRank]
+    gates: Mapping[str, Tensor]
+    beside_inner: str = ""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the layers do not tell of a resident module. inner: the inner layers it changes."""
+
+    name: str
+    inner: tuple[str, ...]
+    gates: Mapping[str, Tensor]
 
 
 class ModuleStack:
@@ -53,6 +86,8 @@ class ModuleStack:
         self._layers: dict[str, BlendedMatrix] = {}
         self._vectors: dict[str, BlendedVectors] = {}
         self._slices: dict[str, tuple[int, int]] = {}
+        self._told: dict[str, _Told] = {}
+        self._spreads: dict[tuple[str, ...], Tensor] = {}
         self._slots: dict[str, int] = {}
         self._slot_ranks = torch.zeros(0, dtype=torch.long)
         self._changing: dict[Part, set[str]] = {part: set() for part in get_args(Part)}
@@ -95,6 +130,7 @@ class ModuleStack:
             self._probe.row_dim(owner)
             self._probe.unit(owner)
         return PreparedModule(
+            name=module.name,
             digest=module.digest,
             rank=max(1, module.rank),
             factors={n: self._prepared(n, delta, dtype) for n, delta in deltas.items()},
@@ -102,6 +138,7 @@ class ModuleStack:
             parts=frozenset(
                 [*map(self._part, deltas), *(self._vector_part(n) for n in module.vectors)]
             ),
+            gates=module.gates,
         )
 
     def add(self, module: PreparedModule) -> None:
@@ -120,12 +157,16 @@ class ModuleStack:
         if module.vectors:
             self._add_vectors(module, low)
         self._slices[module.digest] = (low, low + module.rank)
+        inner = [layer for layer in module.factors if self._part(layer) == "inner"]
+        self._told[module.digest] = _Told(module.name, tuple(inner), module.gates)
+        self._spreads.clear()
         for part in module.parts:
             self._changing[part].add(module.digest)
 
     def remove(self, digest: str) -> None:
         """Give a module's ranks back. An empty stack gives its memory back too."""
-        del self._slices[digest]
+        del self._slices[digest], self._told[digest]
+        self._spreads.clear()
         for digests in self._changing.values():
             digests.discard(digest)
         if digest in self._slots:
@@ -160,6 +201,35 @@ class ModuleStack:
         if needed > WHOLE_STACK_SHARE * self.ranks:
             return ((0, self.ranks),)
         return tuple(joined)
+
+    def spread(self, digests: tuple[str, ...]) -> Tensor:
+        """Which ranks belong to which of the modules: [modules, R], ones and zeros."""
+        if digests not in self._spreads:
+            self._spreads[digests] = torch.stack([self.gates(Blend({d: 1.0})) for d in digests])
+        return self._spreads[digests]
+
+    def resident(self, digest: str) -> ResidentModule:
+        """A resident module, read back from the layers.
+
+        Raises:
+            UnknownModuleError: it is not resident.
+        """
+        if digest not in self._slices:
+            raise UnknownModuleError(f"module {digest} is not loaded: load it first")
+        told = self._told[digest]
+        beside = [words for part, words in _BESIDE.items() if digest in self._changing[part]]
+        return ResidentModule(
+            name=told.name,
+            digest=digest,
+            deltas={layer: self._delta(digest, layer) for layer in told.inner},
+            gates=told.gates,
+            beside_inner=" and ".join(beside),
+        )
+
+    def _delta(self, digest: str, layer: str) -> LowRank:
+        (low, high), matrix = self._slices[digest], self._layers[layer]
+        left, right = matrix.b[low:high].T, matrix.a[low:high]
+        return LowRank(left.to("cpu", copy=True), right.to("cpu", copy=True))
 
     def _free_slice(self, rank: int) -> int:
         """Where `rank` free ranks begin: the first hole that fits, else the end."""
@@ -235,7 +305,8 @@ class ModuleStack:
             layer = BlendedEmbedding(base, rows=rows, width=width, scale=scale)
         else:
             out, into = self.shapes.matrices[name]
-            layer = BlendedLinear(base, in_features=into, out_features=out, part=self._part(name))
+            part = self._part(name)
+            layer = BlendedLinear(base, name=name, in_features=into, out_features=out, part=part)
         layer.resize(self._capacity)
         self._replace(name, layer)
         return layer

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .attention import Span
 from .blending import BlendPlan, Gated, Part, Segment
+from .gating import GateTable, Routed, Smoother
 from .module_stack import ModuleStack
 from .scheduler import Chunk
+from .types import TokenGate
 
 Run = tuple[int, list[str]]
 """Neighbouring rows of one sequence: how many, and the digests that change them."""
@@ -48,7 +50,8 @@ def blend_plan(
 
     gates: [t, R]. kept_rows: the rows whose logits are asked for, those of the last chunks first.
     """
-    inner = Gated(gates, blend_segments(_runs(chunks, "inner", stack), stack))
+    segments = blend_segments(_runs(chunks, "inner", stack), stack)
+    inner = Gated(gates, segments, routed_rows(chunks, stack))
     if not stack.changes_beside_inner:
         return BlendPlan(inner)
     lasts = [chunk for chunk in chunks if chunk.is_last]
@@ -84,10 +87,27 @@ def blend_segments(runs: list[Run], stack: ModuleStack) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
+def routed_rows(chunks: list[Chunk], stack: ModuleStack) -> tuple[Routed, ...]:
+    """The rows whose modules are weighed by token; those that follow equal gates are one."""
+    pieces: dict[TokenGate, list[tuple[int, int, Smoother | None]]] = {}
+    tables: dict[TokenGate, GateTable] = {}
+    start = 0
+    for chunk in chunks:
+        stop = start + chunk.count
+        if (table := chunk.sequence.table) is not None:
+            tables[table.gate] = table
+            pieces.setdefault(table.gate, []).append((start, stop, chunk.sequence.smoother))
+        start = stop
+    return tuple(
+        Routed(table, stack.spread(gate.modules), tuple(pieces[gate]))
+        for gate, table in tables.items()
+    )
+
+
 def _runs(chunks: list[Chunk], part: Part, stack: ModuleStack) -> list[Run]:
     changing = stack.changing(part)
     return [
-        (chunk.count, [digest for digest in chunk.sequence.blend if digest in changing])
+        (chunk.count, [digest for digest in chunk.sequence.digests if digest in changing])
         for chunk in chunks
     ]
 

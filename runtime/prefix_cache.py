@@ -1,16 +1,14 @@
 """What every slot of the KV cache holds, and which of it a new prompt can reuse.
 
 Keys and values depend on the weights as much as on the tokens, so a slot is keyed by content: the
-blend over module digests, exact to the last 1/64. The backbone needs no key: it never changes
-under an engine, and slots do not outlive the engine.
+blend over module digests, exact to the last 1/64, and how modules are weighed by token. The
+backbone needs no key: it never changes under an engine, and slots do not outlive the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from ..adapters.blend import Blend
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 MIN_REUSED = 16
 """Shorter common prefixes are not worth a copy."""
@@ -18,9 +16,12 @@ MIN_REUSED = 16
 
 @dataclass
 class SlotContent:
-    """tokens[:valid] are the tokens whose keys and values stand in the slot."""
+    """tokens[:valid] are the tokens whose keys and values stand in the slot.
 
-    blend: Blend = field(default_factory=Blend)
+    key: what they depend on besides; None: on more than can be told, so that nobody reuses them.
+    """
+
+    key: Hashable | None = None
     tokens: Sequence[int] = ()
     valid: int = 0
     in_use: bool = False
@@ -48,18 +49,19 @@ class PrefixCache:
         """Number of slots that no running sequence uses."""
         return sum(not content.in_use for content in self.contents)
 
-    def claim(self, blend: Blend, tokens: Sequence[int]) -> Reuse:
+    def claim(self, key: Hashable | None, tokens: Sequence[int]) -> Reuse:
         """Take a slot for a sequence. At least its last token is left to compute.
 
+        key: what its keys and values depend on besides tokens; None reuses nothing.
         tokens: the sequence's own list, which grows as it generates. A slot must be free.
         """
-        lengths = [_common(content, blend, tokens) for content in self.contents]
+        lengths = [_common(content, key, tokens) for content in self.contents]
         source = max(range(len(lengths)), key=lambda s: (lengths[s], not self.contents[s].in_use))
         length = lengths[source] if lengths[source] >= MIN_REUSED else 0
         slot = source if length and self._may_overwrite(source, length) else self._oldest_free()
         self._clock += 1
         valid = length if slot == source else 0  # until the copy is done
-        self.contents[slot] = SlotContent(blend, tokens, valid, True, self._clock)
+        self.contents[slot] = SlotContent(key, tokens, valid, True, self._clock)
         return Reuse(slot=slot, source=source if length else slot, length=length)
 
     def _may_overwrite(self, slot: int, length: int) -> bool:
@@ -79,9 +81,9 @@ class PrefixCache:
         return min(free, key=lambda slot: self.contents[slot].last_used)
 
 
-def _common(content: SlotContent, blend: Blend, tokens: Sequence[int]) -> int:
+def _common(content: SlotContent, key: Hashable | None, tokens: Sequence[int]) -> int:
     """Length of the common prefix that can be reused, at most all but the last token."""
-    if content.blend != blend:
+    if key is None or content.key != key:
         return 0
     most = min(content.valid, len(tokens) - 1)
     for index in range(most):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from ..adapters.blend import Blend
 from ..adapters.errors import QueueFullError
 from .detokenize import TextStream
 from .engine import Generation
+from .gating import GateTable, Smoother
 from .prefix_cache import PrefixCache, Reuse
 from .sampling import SamplingState
 
@@ -22,6 +24,7 @@ class Sequence:
 
     tokens: prompt and generated tokens. computed: how many of them have keys and values.
     limit: most tokens it may generate. end_tokens: ids that end it.
+    table: how its modules are weighed by token; None: not at all. smoother: where that is smoothed.
     """
 
     generation: Generation
@@ -35,6 +38,23 @@ class Sequence:
     gates: Tensor | None = None
     generated: int = field(default=0)
     is_over: bool = False
+    table: GateTable | None = None
+    smoother: Smoother | None = None
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """The modules it runs on, by blend or by token."""
+        routed = self.table.gate.modules if self.table else ()
+        return tuple(dict.fromkeys([*self.blend, *routed]))
+
+    @property
+    def key(self) -> Hashable | None:
+        """What its keys and values depend on besides its tokens. None where scores are smoothed:
+        what a prefix left behind is not kept.
+        """
+        if self.smoother is not None:
+            return None
+        return self.blend, self.table.gate if self.table else None
 
     @property
     def tokens(self) -> list[int]:
@@ -91,7 +111,7 @@ class Scheduler:
         """Give free slots to waiting sequences; `on_admit` readies each before it runs."""
         while self.waiting and self.prefixes.free:
             sequence = self.waiting.popleft()
-            reuse = self.prefixes.claim(sequence.blend, sequence.tokens)
+            reuse = self.prefixes.claim(sequence.key, sequence.tokens)
             sequence.slot, sequence.computed = reuse.slot, reuse.length
             self.running.append(sequence)
             on_admit(sequence, reuse)
@@ -112,6 +132,8 @@ class Scheduler:
         sequence = chunk.sequence
         assert sequence.slot is not None
         sequence.computed += chunk.count
+        if sequence.smoother is not None:
+            sequence.smoother.commit()
         self.prefixes.contents[sequence.slot].valid = sequence.computed
 
     def remove(self, sequence: Sequence) -> None:
@@ -128,4 +150,4 @@ def _urgency(sequence: Sequence) -> int:
     """Decodes that blend, decodes that do not, prompts; a stable sort keeps the order within."""
     if sequence.pending > 1:
         return 2
-    return 0 if sequence.blend else 1
+    return 0 if sequence.digests else 1

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,10 @@ from .attention import KVCache, PackedBatch, packed
 from .blending import BlendPlan, blending
 from .compatibility import prepare_model
 from .detokenize import TextStream
+from .directions import GateTables
 from .encoder import Encoder
 from .engine import EngineStats, Generation
+from .gating import GateTable, Smoother
 from .loading import (
     choose_device,
     choose_dtype,
@@ -37,12 +40,12 @@ from .loading import (
     load_model,
     load_tokenizer,
 )
-from .module_stack import ModuleStack, PreparedModule
+from .module_stack import ModuleStack, PreparedModule, ResidentModule
 from .packing import blend_plan, pack, pad_rows
 from .prefix_cache import Reuse
 from .sampling import Sampled, SamplingState, sample
 from .scheduler import Chunk, Scheduler, Sequence
-from .types import FinishReason, GenerationRequest, TokenEvent
+from .types import FinishReason, GenerationRequest, TokenEvent, TokenGate
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +109,8 @@ class TorchEngine:
         self._eos = end_tokens(model)
         prepare_model(model)
         self._stack = ModuleStack(model)
-        self._encoders: dict[int, Encoder] = {}
+        self._tables = GateTables(self._resident, device=model.device)
+        self._encoders: dict[tuple[int, ...], Encoder] = {}
         self._cache = KVCache(options.max_concurrency, self.max_length)
         self._scheduler = Scheduler(
             slots=options.max_concurrency,
@@ -161,7 +165,7 @@ class TorchEngine:
     def submit(self, request: GenerationRequest) -> Generation:
         """Put a request into the running batch; errors as in `Engine.submit`."""
         limit = self._admission.check(request)
-        sampling = request.sampling
+        sampling, gate = request.sampling, request.gate
         sequence = Sequence(
             generation=Generation(),
             blend=request.blend,
@@ -170,17 +174,22 @@ class TorchEngine:
             end_tokens=frozenset(sampling.stop_token_ids)
             | (frozenset() if sampling.ignore_eos else self._eos),
             text=TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
+            table=self._table(gate) if gate else None,
+            smoother=Smoother() if gate and gate.routing.smoothing else None,
         )
         with self._lock:
             if self._is_stopping:
                 raise EngineStoppedError("the engine is shutting down: try another replica")
-            for digest in request.blend:
-                if not self._loads[digest]:
-                    raise UnknownModuleError(f"module {digest} is not loaded: load it first")
+            for digest in sequence.digests:
+                self._check_loaded(digest)
             self._scheduler.add(sequence)
-            self._users.update(request.blend.keys())
+            self._users.update(sequence.digests)
         self._wake.set()
         return sequence.generation
+
+    def prepare_gate(self, gate: TokenGate) -> None:
+        """Compute what a gate needs of its modules; see `Engine.prepare_gate`."""
+        self._table(gate)
 
     def load_module(self, module: Module) -> str:
         """Make a module resident while requests run; returns its digest. Loads are counted."""
@@ -192,12 +201,13 @@ class TorchEngine:
         """Undo one load; requests that run on the module keep it until they end."""
         self._between_steps(lambda: self._unload(digest))
 
-    def encode(self, prompt_ids: tuple[int, ...], layer: int) -> Tensor:
-        """Hidden states after the backbone's first `layer` layers, [t, hidden], float32."""
+    def encode(self, prompts: Items[tuple[int, ...]], layers: Items[int]) -> list[Tensor]:
+        """Hidden states after layers of the backbone; see `Engine.encode`."""
+        key = tuple(layers)
         with self._encoding:
-            if layer not in self._encoders:
-                self._encoders[layer] = Encoder(self.model, layer=layer)
-            return self._encoders[layer].encode(prompt_ids)
+            if key not in self._encoders:
+                self._encoders[key] = Encoder(self.model, layers=key)
+            return self._encoders[key].encode(prompts)
 
     def stats(self) -> EngineStats:
         """Counters and load."""
@@ -219,6 +229,25 @@ class TorchEngine:
             self._is_stopping = True
         self._wake.set()
         self._thread.join()
+
+    def _check_loaded(self, digest: str) -> None:
+        if not self._loads[digest]:
+            raise UnknownModuleError(f"module {digest} is not loaded: load it first")
+
+    def _table(self, gate: TokenGate) -> GateTable:
+        """A gate's table; modules that were evicted meanwhile leave nothing behind."""
+        table = self._tables.table(gate)
+        with self._lock:
+            gone = [d for d in gate.modules if not self._loads[d] and not self._users[d]]
+        for digest in gone:
+            self._tables.forget(digest)
+        return table
+
+    def _resident(self, digest: str) -> ResidentModule:
+        """A copy of what is resident of a module, taken between two steps."""
+        found: list[ResidentModule] = []
+        self._between_steps(lambda: found.append(self._stack.resident(digest)))
+        return found[0]
 
     # The engine's thread: everything below runs there.
 
@@ -313,7 +342,7 @@ class TorchEngine:
 
     def _blend_plan(self, chunks: list[Chunk], kept_rows: list[int]) -> BlendPlan | None:
         """Gates per row, and segments; see `blend_plan`."""
-        if not any(chunk.sequence.blend for chunk in chunks):
+        if not any(chunk.sequence.digests for chunk in chunks):
             return None
         gates = torch.stack([self._gates(chunk.sequence) for chunk in chunks])
         counts = torch.tensor([chunk.count for chunk in chunks], device=gates.device)
@@ -355,9 +384,9 @@ class TorchEngine:
         sequence.is_over = True
         with self._lock:
             self._scheduler.remove(sequence)
-            self._users.subtract(sequence.blend.keys())
+            self._users.subtract(sequence.digests)
         try:
-            for digest in sequence.blend:
+            for digest in sequence.digests:
                 self._evict_if_unused(digest)
         finally:
             sequence.generation.deliver(event)
@@ -382,6 +411,7 @@ class TorchEngine:
                 del self._loads[digest], self._users[digest]
         if not is_used:
             self._stack.remove(digest)
+            self._tables.forget(digest)
 
     def _between_steps(self, task: Callable[[], None]) -> None:
         """Run a task on the engine's thread between two steps, and wait for it."""

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from ..adapters.blend import Blend
 from ..adapters.errors import RequestError
+from ..routers.token_routing import TokenRouting
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
@@ -123,16 +124,42 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class TokenGate:
+    """Modules that every layer weighs anew for every token, and how.
+
+    modules: digests, at least one, each once; kept sorted, so that equal gates are equal.
+
+    Raises:
+        RequestError: there are no modules, or one is named twice.
+    """
+
+    routing: TokenRouting
+    modules: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", tuple(sorted(self.modules)))
+        is_set = 0 < len(self.modules) == len(set(self.modules))
+        if not is_set:
+            raise RequestError(
+                f"routing by token is over {len(self.modules)} modules, {len(set(self.modules))} "
+                "of them different: name at least one, and each once",
+                parameter="routing",
+            )
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """A prompt, a blend and how to sample.
 
     prompt_ids: token ids, at least one.
     blend: weights by module *digest*, as `load_module` returned it: content, never a name.
+    gate: modules that are weighed by token, on top of the blend; a module may be in both.
     """
 
     prompt_ids: tuple[int, ...]
     blend: Blend = field(default_factory=Blend)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    gate: TokenGate | None = None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,18 @@ from mergeroute.adapters.checkpoint import MODEL_DTYPES
 from mergeroute.adapters.errors import BackboneError, RecipeError
 from mergeroute.adapters.experts import Base
 from mergeroute.adapters.merging.methods import find_method
-from mergeroute.adapters.recipe import DEFAULT_RANK, Recipe, parse_size
+from mergeroute.adapters.recipe import (
+    DEFAULT_RANK,
+    FITTED_SCORERS,
+    TOKEN_SCORERS,
+    Recipe,
+    RouterSection,
+    parse_size,
+)
 from mergeroute.adapters.recipe_file import read_recipe
+from mergeroute.routers.settings import DEFAULT_POLICY, SignalSettings
+from mergeroute.routers.token_routing import METHODS
+from mergeroute.routers.training import SCORERS
 
 EXPERTS: list[dict[str, Any]] = [
     {"name": "a", "path": "./a"},
@@ -200,7 +210,18 @@ def test_an_unknown_key_is_named_with_what_is_allowed_there(
         ({"backbone": {"method": "ties", "normalize": 3}}, ("normalize", "boolean")),
         ({"router": {"scorer": "prototype"}}, ("router", "prototype needs data")),
         ({"router": {"scorer": "fixed"}}, ("router", "fixed needs blend")),
-        ({"router": {"data": "x", "signal": {"layer": 0}}}, ("router.signal.layer", "it is 0")),
+        ({"router": {"scorer": "mlp"}}, ("router", "scorer mlp needs data")),
+        ({"router": {"scorer": "oracle"}}, ("router.scorer", "'phatgoose'")),
+        ({"router": {"data": "x", "signal": {"layer": 0}}}, ("router.signal", "layer is 0")),
+        ({"router": {"data": "x", "signal": {"layer": [1, -2]}}}, ("router.signal", "layer is -2")),
+        ({"router": {"data": "x", "signal": {"pooling": "max"}}}, ("router.signal.pooling", "max")),
+        ({"router": {"data": "x", "signal": {"window": 1}}}, ("router.signal.window", "it is 1")),
+        ({"router": {"data": "x", "signal": {"ngrams": -1}}}, ("router.signal.ngrams", "it is -1")),
+        ({"router": {"data": "x", "signal": {"recency": 1}}}, ("router.signal.recency", "it is 1")),
+        (
+            {"router": {"data": "x", "signal": {"layer": [], "ngrams": 0}}},
+            ("router.signal", "reads nothing"),
+        ),
         (
             {"backbone": {"lines": {"alpha": float("nan"), "beta": 1}}},
             ("backbone.lines.alpha", "finite"),
@@ -256,6 +277,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
             {"router": {"scorer": "fixed", "blend": "a=1", "policy": "top_k(1)"}},
             ("policy means nothing",),
         ),
+        ({"router": {"data": "x", "settings": {"top_k": 1}}}, ("settings means nothing",)),
+        ({"router": {"scorer": "arrow", "data": "x"}}, ("data means nothing to scorer arrow",)),
         (
             {"router": {"data": "x", "blend": "a=1"}},
             ("blend means nothing to scorer prototype", "remove it"),
@@ -363,13 +386,38 @@ def test_parameters_that_fit_the_experts_are_read(backbone: dict[str, Any], tmp_
     assert recipe.backbone.method == backbone["method"]
 
 
-@pytest.mark.parametrize("router", [{"scorer": "fixed", "blend": "a=1"}, {"data": "x.jsonl"}])
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"scorer": "fixed", "blend": "a=1"},
+        {"data": "x.jsonl"},
+        {"scorer": "mlp", "data": "x.jsonl", "signal": {"layer": [1, 2], "recency": 0.5}},
+        {"scorer": "spectr", "settings": {"top_k": 2, "none": 0.5}},
+    ],
+)
 def test_a_written_router_is_read_again(router: dict[str, Any], tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, {**MINIMAL, "router": router}))
     document = recipe.model_dump(mode="json", exclude_none=True)
     assert Recipe.model_validate(document) == recipe
     again = read_recipe(write(tmp_path, recipe.model_dump(mode="json")))
     assert again == recipe
+
+
+def test_a_router_says_by_default_what_a_fitted_one_does() -> None:
+    section = RouterSection(data="x")
+    assert section.signal.model_dump() == SignalSettings().model_dump()
+    assert section.policy == DEFAULT_POLICY
+    assert set(FITTED_SCORERS) == set(SCORERS)
+    assert set(TOKEN_SCORERS) == set(METHODS)
+
+
+def test_an_embedding_is_a_folder_beside_the_file_or_a_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "minilm").mkdir()
+    for said, expected in (("./minilm", str(tmp_path / "minilm")), ("owner/model", "owner/model")):
+        router = {"data": "x", "signal": {"embedding": said}}
+        recipe = read_recipe(write(tmp_path, {**MINIMAL, "router": router}))
+        assert recipe.router is not None
+        assert recipe.router.signal.embedding == expected
 
 
 @pytest.mark.parametrize(

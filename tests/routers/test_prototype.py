@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mergeroute.adapters.errors import RouterError
@@ -23,17 +27,149 @@ def draw(count: int, *, seed: int) -> tuple[Tensor, list[str]]:
     return means.repeat_interleave(count, 0) + noise, labels
 
 
+def draw_none(count: int, *, seed: int, centers: int = 4) -> Tensor:
+    """Prompts of no module, about several places of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randn(centers, 8, generator=torch.Generator().manual_seed(99)) * 12
+    which = torch.arange(count) % centers
+    return places[which] + torch.randn(count, 8, generator=generator)
+
+
 def test_scores_are_half_negative_squared_mahalanobis_distances() -> None:
     features, labels = draw(50, seed=1)
     scorer = Prototype.fit(features, labels, modules=MODULES)
-    rows = features.double().view(3, 50, 8)
+    scaled = (features.double() - features.double().mean(0)) / features.double().std(0)
+    rows = scaled.view(3, 50, 8)
     means = rows.mean(1)
-    covariance = ledoit_wolf((rows - means[:, None]).reshape(-1, 8))
-    x = features[7].double()
+    residuals = (rows - means[:, None]).reshape(-1, 8)
+    covariance = ledoit_wolf(residuals)
+    squares = (residuals * torch.linalg.solve(covariance, residuals.T).T).sum(1)
+    too_far = squares.sum() / (150 - 3) / 50  # a mean of 50 lies beside the true one
     for k, name in enumerate(MODULES):
-        difference = x - means[k]
-        expected = -0.5 * difference @ torch.linalg.solve(covariance, difference)
-        assert scorer.score(features[7]).logits[name] == pytest.approx(float(expected), rel=1e-3)
+        difference = scaled[7] - means[k]
+        square = difference @ torch.linalg.solve(covariance, difference) - too_far
+        expected = -0.5 * float(square) / scorer.temperature
+        assert scorer.score(features[7]).logits[name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_prompts_of_no_module_have_means_of_their_own_and_are_told_by_log_odds() -> None:
+    features, labels = draw(100, seed=1)
+    scorer = Prototype.fit(features, labels, modules=MODULES, none=draw_none(120, seed=1))
+    assert (scorer.owners == -1).sum() == 5
+    for x in (features[3], draw_none(1, seed=7)[0]):
+        scores = scorer.score(x)
+        assert scores.none is not None
+        assert scores.distance is not None
+        odds = (scores.none - max(scores.logits.values())) * scorer.temperature
+        assert scores.distance == pytest.approx(odds, rel=1e-9)
+    assert all((scorer.score(x).distance or 0) > 0 for x in draw_none(40, seed=3))
+    assert all((scorer.score(x).distance or 0) < 0 for x in draw(30, seed=3)[0])
+    assert min(scorer.calibration) >= 0
+    assert list(scorer.calibration) == sorted(scorer.calibration)
+
+
+def test_without_prompts_of_no_module_nothing_is_said_of_them() -> None:
+    scorer = Prototype.fit(*draw(20, seed=1), modules=MODULES)
+    assert scorer.score(draw(1, seed=2)[0][0]).none is None
+    assert not (scorer.owners == -1).any()
+
+
+def test_a_module_of_two_kinds_of_prompts_takes_two_means() -> None:
+    features, labels = draw(60, seed=1)
+    features[:30] += 40
+    two = Prototype.fit(features, labels, modules=MODULES, centroids=2)
+    assert [(two.owners == k).sum().item() for k in range(3)] == [2, 2, 2]
+    one = Prototype.fit(features, labels, modules=MODULES)
+    between = features[:60].mean(0)  # where a single mean stands, and no prompt does
+    assert (two.score(between).distance or 0) > 100 * (one.score(between).distance or 1)
+    for x in (features[0], features[45]):
+        logits = two.score(x).logits
+        assert max(logits, key=lambda name: logits[name]) == "m0"
+
+
+def test_a_mean_stands_for_two_prompts_at_least() -> None:
+    features, labels = draw(5, seed=1)
+    scorer = Prototype.fit(features, labels, modules=MODULES, centroids=40)
+    assert all((scorer.owners == k).sum() <= 2 for k in range(3))
+
+
+@pytest.mark.parametrize("with_none", [False, True])
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_modules_come_and_go_and_others_logits_stay_to_the_last_bit(
+    with_none: bool, data: st.DataObject
+) -> None:
+    scorer = PROTOTYPES[with_none]
+    seed = data.draw(st.integers(0, 50))
+    prompt = torch.randn(8, generator=torch.Generator().manual_seed(seed)) * 5
+    samples = draw_none(data.draw(st.integers(1, 12)), seed=seed, centers=1)
+    grown = scorer.with_module("new", samples)
+    gone = data.draw(st.sampled_from(MODULES))
+    for other in (grown, grown.without_module(gone), scorer.without_module(gone)):
+        before, after = scorer.score(prompt), other.score(prompt)
+        for name in set(after.logits) - {"new"}:
+            assert after.logits[name] == before.logits[name]
+        assert after.none == before.none
+    back = grown.without_module("new")
+    assert back.score(prompt) == scorer.score(prompt)
+    assert back.modules == scorer.modules
+
+
+def test_an_added_module_takes_its_prompts_and_says_by_what_it_is_known() -> None:
+    scorer = PROTOTYPES[True].with_module("new", draw_none(10, seed=5, centers=1))
+    assert scorer.modules == (*MODULES, "new")
+    for x in draw_none(20, seed=6, centers=1):
+        scores = scorer.score(x)
+        assert max(scores.logits, key=lambda name: scores.logits[name]) == "new"
+        assert scores.basis == {"new": "10 samples"}
+    again = scorer.with_module("new", draw_none(1, seed=5, centers=1))
+    assert again.modules == scorer.modules
+    assert again.basis == {"new": "1 sample"}
+    assert scorer.without_module("new").basis == {}
+    assert scorer.without_module("absent") is scorer
+
+
+def test_without_modules_there_is_no_opinion() -> None:
+    scorer = PROTOTYPES[True]
+    for name in MODULES:
+        scorer = scorer.without_module(name)
+    assert scorer.score(torch.zeros(8)).logits == {}
+
+
+@pytest.mark.parametrize("with_none", [False, True])
+def test_a_saved_head_scores_alike(with_none: bool) -> None:
+    scorer = PROTOTYPES[with_none]
+    back = Prototype.from_state(scorer.state(), MODULES)
+    for x in draw(5, seed=8)[0]:
+        before, after = scorer.score(x), back.score(x)
+        assert after.logits == pytest.approx(before.logits, rel=1e-4, abs=1e-4)
+        assert after.distance == pytest.approx(before.distance, rel=1e-4, abs=1e-4)
+        assert after.calibration == before.calibration
+    assert Prototype.from_state(back.state(), MODULES).score(x) == back.score(x)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("means", None, "lacks tensor 'means'"),
+        ("means", lambda t: t[:-1], "do not fit 3 modules"),
+        ("owners", lambda t: t + 1, "do not fit 3 modules"),
+        ("center", lambda t: t[:3], "do not fit 3 modules"),
+        ("whitening", lambda t: t * torch.nan, "NaN or inf"),
+        ("means", lambda t: t / 0, "NaN or inf"),
+        ("temperature", lambda t: t * 0, "calibration is damaged"),
+        ("calibration", lambda t: t + torch.inf, "calibration is damaged"),
+    ],
+)
+def test_damaged_tensors_are_refused(
+    key: str, change: Callable[[Tensor], Tensor] | None, message: str
+) -> None:
+    state = PROTOTYPES[True].state()
+    tensor = state.pop(key)
+    if change:
+        state[key] = change(tensor)
+    with pytest.raises(RouterError, match=message):
+        Prototype.from_state(state, MODULES)
 
 
 def test_ledoit_wolf_shrinks_little_data_and_trusts_much() -> None:
@@ -119,3 +255,12 @@ def test_prompts_that_are_all_alike_are_refused() -> None:
     features = torch.zeros(10, 4)
     with pytest.raises(RouterError, match="all alike"):
         Prototype.fit(features, ["m0"] * 5 + ["m1"] * 5, modules=("m0", "m1"))
+
+
+PROTOTYPES = {
+    with_none: Prototype.fit(
+        *draw(40, seed=1), modules=MODULES, none=draw_none(60, seed=2) if with_none else None
+    )
+    for with_none in (False, True)
+}
+"""Fitted once: no test changes one."""

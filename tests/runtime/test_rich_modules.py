@@ -229,11 +229,11 @@ def test_prefixes_are_not_shared_with_a_module_that_differs_in_a_norm_alone() ->
 def test_routers_see_the_bare_backbone(architecture: str) -> None:
     plain = make_model(architecture)
     with make_engine(plain) as engine:
-        bare = [engine.encode(PROMPT, layer=layer) for layer in (1, 2)]
+        bare = [engine.encode([PROMPT], (layer,))[0] for layer in (1, 2)]
     with make_engine(plain) as engine:
-        before = engine.encode(PROMPT, layer=1)
+        before = engine.encode([PROMPT], (1,))[0]
         engine.load_module(make_rich_module(plain, "m"))
-        after = [engine.encode(PROMPT, layer=layer) for layer in (1, 2)]
+        after = [engine.encode([PROMPT], (layer,))[0] for layer in (1, 2)]
     for states, wanted in zip([before, *after], [bare[0], *bare], strict=True):
         assert torch.equal(states, wanted)
 

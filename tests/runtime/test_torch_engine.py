@@ -626,19 +626,31 @@ def hidden_states(model: Any, prompt: tuple[int, ...]) -> tuple[torch.Tensor, ..
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3"])
 def test_encode_gives_transformers_hidden_states(architecture: str) -> None:
     model = make_model(architecture)
-    prompt = make_prompt(40, seed=2)
-    wanted = hidden_states(model, prompt)
+    prompts = [make_prompt(length, seed=length) for length in (40, 1, 17)]
+    wanted = [hidden_states(model, prompt) for prompt in prompts]
     with make_engine(model) as engine:
-        for layer in (1, 2, 1):
-            states = engine.encode(prompt, layer=layer)
-            assert states.dtype == torch.float32
-            torch.testing.assert_close(states, wanted[layer], atol=1e-4, rtol=1e-4)
-        assert engine.encode(prompt, layer=3).shape == wanted[3].shape
+        for layers in ((1,), (2, 1), (1,)):
+            found = engine.encode(prompts, layers)
+            for states, expected in zip(found, wanted, strict=True):
+                assert states.dtype == torch.float32
+                stacked = torch.stack([expected[layer] for layer in layers])
+                torch.testing.assert_close(states, stacked, atol=1e-4, rtol=1e-4)
+        assert engine.encode(prompts[:1], (3,))[0].shape == (1, *wanted[0][3].shape)
+
+
+def test_many_prompts_are_encoded_as_each_alone() -> None:
+    prompts = [make_prompt(100, seed=k) for k in range(50)]
+    with make_engine() as engine:
+        together = engine.encode(prompts, (2,))
+        for states, prompt in zip(together, prompts, strict=True):
+            alone = engine.encode([prompt], (2,))[0]
+            torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)
+        assert engine.encode([], (2,)) == []
 
 
 def test_encoding_the_last_layer_is_before_the_final_norm() -> None:
     with make_engine() as engine:
-        states = engine.encode(PROMPT, layer=3)
+        states = engine.encode([PROMPT], (3,))[0][0]
         normed = engine.model.model.norm(states)
     torch.testing.assert_close(normed, hidden_states(PLAIN, PROMPT)[3], atol=1e-4, rtol=1e-4)
 
@@ -646,20 +658,20 @@ def test_encoding_the_last_layer_is_before_the_final_norm() -> None:
 @pytest.mark.parametrize("layer", [0, -1, 4, 100])
 def test_layers_that_do_not_exist_are_refused(layer: int, engine: TorchEngine) -> None:
     with pytest.raises(RouterError, match="1 to 3"):
-        engine.encode(PROMPT, layer=layer)
+        engine.encode([PROMPT], (layer,))
 
 
 def test_encode_is_untouched_by_modules_and_running_requests() -> None:
     blend = Blend({"m0": 1.0, "m1": -0.5})
     with make_engine() as engine:
-        before = engine.encode(PROMPT, layer=2)
+        before = engine.encode([PROMPT], (2,))[0]
         digests = {name: engine.load_module(MODULES[name]) for name in ("m0", "m1")}
         asked = request(PROMPT, blend.renamed(digests), max_tokens=150)
         running = [engine.submit(asked) for _ in range(3)]
         found: list[torch.Tensor] = []
 
         def encode() -> None:
-            found.extend(engine.encode(PROMPT, layer=2) for _ in range(10))
+            found.extend(engine.encode([PROMPT], (2,))[0] for _ in range(10))
 
         threads = [threading.Thread(target=encode) for _ in range(3)]
         for thread in threads:
