@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..adapters.errors import MergerouteError
 from .errors import CLIENT_CLOSED, ApiError, describe, error_body, retry_headers
+from .hot_routes import add_module_routes
 from .metrics import Metrics, Stopwatch
-from .responses import ChatShape, CompletionShape, Progress
+from .responses import ChatShape, CompletionShape, Progress, blend_text
 from .schemas import ChatRequest, CompletionRequest, GenerationBody
 from .service import Assignment, Choice, Service
 from .streaming import collect, server_sent_events
@@ -48,6 +49,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="mergeroute", lifespan=lifespan)
     started = int(time.time())
     _handle_errors(app)
+    add_module_routes(app, service)
     app.add_middleware(_RequestIds, metrics=metrics)
 
     @app.post("/v1/chat/completions")
@@ -66,8 +68,8 @@ def create_app(service: Service) -> FastAPI:
     async def route(request: Request) -> dict[str, Any]:
         document = await read_json(request)
         if "messages" in document:
-            return await service.preview(validate(document, ChatRequest))
-        return await service.preview(validate(document, CompletionRequest))
+            return await service.preview(validate(document, ChatRequest), request.headers)
+        return await service.preview(validate(document, CompletionRequest), request.headers)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -101,9 +103,9 @@ async def _answer(
 ) -> Response:
     """Assign, submit, and answer whole or as a stream."""
     stopwatch = Stopwatch(metrics)
-    assignments = await service.assign(body)
+    choices = await service.start(body, request.headers)
+    assignments = list({id(c.assignment): c.assignment for c in choices}.values())
     headers = _headers(assignments)
-    choices = service.submit(body, assignments)
     metrics.decided(assignments)
     shape_kind = ChatShape if isinstance(body, ChatRequest) else CompletionShape
     shape = shape_kind(model=body.model, choices=choices, includes_usage=body.includes_usage)
@@ -174,7 +176,7 @@ def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:
     return {
         "x-mergeroute-target": each(lambda a: a.target.name),
         "x-mergeroute-bank": each(lambda a: a.hosted.bank.digest),
-        "x-mergeroute-blend": each(lambda a: a.decision.blend.weights_text),
+        "x-mergeroute-blend": each(lambda a: blend_text(a.decision)),
         "x-mergeroute-abstained": each(lambda a: f"{a.decision.abstained:g}"),
         "x-mergeroute-router": each(lambda a: a.decision.router),
         "x-mergeroute-confidence": each(lambda a: f"{a.decision.confidence:.4f}"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..adapters.blend import Blend
 from ..adapters.errors import ContextLengthError, DataError, EngineStoppedError, RequestError
+from ..routers.base import Decision
 from ..routers.data import Example
+from ..routers.token_routing import TokenRouting
 from ..runtime.types import FinishReason
 from .errors import ApiError
 from .schemas import ChatRequest, CompletionRequest, GenerationBody
@@ -19,16 +22,23 @@ IN_FLIGHT = 32
 """Twice what an engine runs at once, so that prompts are routed while others are answered."""
 
 
+_Asked = tuple[tuple[int, ...], Blend, TokenRouting | None]
+"""A prompt, and what answers it."""
+
+_Result = TypeVar("_Result")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of one example.
 
-    score: in [0, 1]. blend: what answered. is_failed: the engine gave up on it; the score is 0.
+    score: in [0, 1]. decision: what answered, and why. is_failed: the engine gave up on it; the
+    score is 0.
     """
 
     example: Example
     score: float
-    blend: Blend
+    decision: Decision
     is_failed: bool = False
 
 
@@ -42,7 +52,7 @@ class Asker:
         self._service = service
         self._metric = metric
         self._max_tokens = max_tokens
-        self._answers: dict[tuple[tuple[int, ...], Blend], Answer | None] = {}
+        self._answers: dict[_Asked, Answer | None] = {}
 
     def ask(
         self,
@@ -58,29 +68,32 @@ class Asker:
             EngineError: the engine failed.
         """
 
-        async def all_of_them() -> list[Outcome]:
-            gate = asyncio.Semaphore(IN_FLIGHT)
+        return _in_flight(lambda e: self._outcome(e, target(e)), examples, step)
 
-            async def one(example: Example) -> Outcome:
-                async with gate:
-                    outcome = await self._outcome(example, target(example))
-                step()
-                return outcome
+    def decide(
+        self,
+        examples: Sequence[Example],
+        target: Callable[[Example], str],
+        *,
+        step: Callable[[], None] = lambda: None,
+    ) -> list[Decision]:
+        """What the service decides for every example, without an answer; see `ask`."""
 
-            return await asyncio.gather(*map(one, examples))
+        async def decision(example: Example) -> Decision:
+            return (await self._assigned(example, target(example)))[1].decision
 
-        return asyncio.run(all_of_them())
+        return _in_flight(decision, examples, step)
 
     async def _outcome(self, example: Example, model: str) -> Outcome:
         body, assignment = await self._assigned(example, model)
-        blend = assignment.decision.blend
-        key = (assignment.prompt.token_ids, blend)
+        decision = assignment.decision
+        key = (assignment.prompt.token_ids, decision.blend, decision.token_routing)
         if key not in self._answers:
             self._answers[key] = await self._answer(body, assignment)
         answer = self._answers[key]
         if answer is None:
-            return Outcome(example, 0.0, blend, is_failed=True)
-        return Outcome(example, self._metric(answer, example), blend)
+            return Outcome(example, 0.0, decision, is_failed=True)
+        return Outcome(example, self._metric(answer, example), decision)
 
     async def _assigned(self, example: Example, model: str) -> tuple[GenerationBody, Assignment]:
         """What will be asked, and what the service decides for it."""
@@ -117,3 +130,24 @@ class Asker:
         if is_lone and not tokenizer.chat_template:
             return CompletionRequest.model_validate({**fields, "prompt": example.prompt})
         return ChatRequest.model_validate({**fields, "messages": example.conversation})
+
+
+def _in_flight(
+    do: Callable[[Example], Awaitable[_Result]],
+    examples: Sequence[Example],
+    step: Callable[[], None],
+) -> list[_Result]:
+    """Do it for every example, some at once. step: called after each."""
+
+    async def all_of_them() -> list[_Result]:
+        gate = asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(example: Example) -> _Result:
+            async with gate:
+                result = await do(example)
+            step()
+            return result
+
+        return await asyncio.gather(*map(one, examples))
+
+    return asyncio.run(all_of_them())

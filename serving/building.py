@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich import progress as bars
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..adapters.backbone import locate
+from ..adapters.backbone import Backbone, locate
 from ..adapters.bank import Bank
 from ..adapters.blend import Blend
 from ..adapters.build import BuildTools, Calibrate, Calibrated, Progress, build
@@ -23,21 +24,18 @@ from ..adapters.experts import Base, Expert
 from ..adapters.kinds import empty_model
 from ..adapters.merging.methods import find_method
 from ..adapters.recipe import Recipe, RouterSection
-from ..routers.base import Query
 from ..routers.data import Example, read_examples
 from ..routers.policies import Policy
-from ..routers.store import (
-    PrototypeSettings,
-    SignalSettings,
-    load_router,
-    save_fixed,
-    save_prototype,
-)
-from ..routers.training import Labelled, evaluate, fit_prototype
+from ..routers.settings import FixedSettings, SignalSettings, TokenSettings
+from ..routers.store import save_router
+from ..routers.token_routing import TokenRouting
 from ..runtime.expert_statistics import ExpertStatistics, SequentialStatistics
 from ..runtime.loading import choose_device, load_tokenizer
 from ..runtime.rendering import Rendered, render
 from ..runtime.torch_engine import TorchEngine
+from .fitting import FittedRouter, fit_router, labelled, read_prompts
+from .router_options import FitOptions, ScorerName
+from .router_report import fit_lines
 
 _COLUMNS = (bars.TextColumn("{task.description:32}"), bars.BarColumn(), bars.MofNCompleteColumn())
 
@@ -108,8 +106,8 @@ def check_router(recipe: Recipe) -> None:
     """Refuse what the router would stumble over once everything else is built.
 
     Raises:
-        RecipeError: there are no modules to choose from, or a setting or task fits none of them.
-        DataError: a data file is missing or damaged.
+        RecipeError: there are no modules to choose from, or a setting fits none of them.
+        DataError: a data file is missing or damaged, or its tasks are not the experts.
         UnsupportedModelError: the base has no usable tokenizer.
     """
     router = recipe.router
@@ -117,29 +115,47 @@ def check_router(recipe: Recipe) -> None:
         return
     if recipe.modules.method == "none":
         raise RecipeError("router chooses among modules, and modules: {method: none} has none")
+    if router.is_fitted:
+        _check_fitted(recipe, router)
+    elif router.scorer == "fixed":
+        names = {expert.name for expert in recipe.experts}
+        if unknown := set(_blend(router)) - names:
+            raise RecipeError(f"router.blend names {min(unknown)!r}, which is no expert")
+    else:
+        _check_token_routing(router)
+
+
+def _check_fitted(recipe: Recipe, router: RouterSection) -> None:
     try:
         Policy.parse(router.policy)
     except RouterError as error:
         raise RecipeError(f"router.policy: {error}") from error
-    if router.scorer == "fixed":
-        names = {expert.name for expert in recipe.experts}
-        if unknown := set(_blend(router)) - names:
-            raise RecipeError(f"router.blend names {min(unknown)!r}, which is no expert")
-        return
-    _check_prototype(recipe, router)
-
-
-def _check_prototype(recipe: Recipe, router: RouterSection) -> None:
-    _check_tasks(read_examples(Path(router.data or ""), needs=("task",)), recipe)
-    if router.none is not None:
-        read_examples(Path(router.none))
+    _prompts(recipe)
     path = locate(recipe.base)
     load_tokenizer(path)
     layers = empty_model(path).config.get_text_config().num_hidden_layers
-    if router.signal.layer > layers:
-        raise RecipeError(
-            f"router.signal.layer is {router.signal.layer}, the base has {layers} layers"
-        )
+    if (highest := max(router.signal.layers, default=0)) > layers:
+        raise RecipeError(f"router.signal.layer is {highest}, the base has {layers} layers")
+
+
+def _check_token_routing(router: RouterSection) -> None:
+    try:
+        TokenRouting.parse({**(router.settings or {}), "method": router.scorer})
+    except RouterError as error:
+        raise RecipeError(f"router.settings: {error}") from error
+
+
+def _prompts(recipe: Recipe) -> list[tuple[Example, str | None]]:
+    """What the router is fitted on."""
+    assert recipe.router is not None
+    names = [expert.name for expert in recipe.experts]
+    none = recipe.router.none
+    return read_prompts(
+        Path(recipe.router.data or ""),
+        None if none is None else Path(none),
+        {name: name for name in names},
+        modules=names,
+    )
 
 
 def _blend(router: RouterSection) -> Blend:
@@ -147,21 +163,6 @@ def _blend(router: RouterSection) -> Blend:
         return Blend.parse(router.blend or "")
     except BlendError as error:
         raise RecipeError(f"router.blend: {error}") from error
-
-
-def _check_tasks(examples: Sequence[Example], recipe: Recipe) -> None:
-    """Every module has examples, and every example a module."""
-    tasks, names = {example.task for example in examples}, {e.name for e in recipe.experts}
-    if missing := names - tasks:
-        raise RecipeError(
-            f"router.data holds no prompt of {min(missing)!r}: add some with its task"
-        )
-    for example in examples:
-        if example.task not in names:
-            raise RecipeError(
-                f"{example.where}: task {example.task!r} is no expert; prompts that no module "
-                "serves go to router.none"
-            )
 
 
 def _calibrated(
@@ -207,38 +208,26 @@ class _RouterWriter:
         router = self.recipe.router
         assert router is not None
         if router.scorer == "fixed":
-            save_fixed(folder, _blend(router))
-            return
+            save_router(folder, FixedSettings(blend=_blend(router).weights_text))
+        elif router.is_fitted:
+            self._fit(router, backbone).write(folder)
+        else:
+            settings = router.settings or {}
+            save_router(folder, TokenSettings(scorer=router.scorer, settings=settings))
+
+    def _fit(self, router: RouterSection, backbone: Path) -> FittedRouter:
+        """Fit it on the recipe's prompts, and say what a fifth of them told."""
+        signal = SignalSettings.model_validate(router.signal.model_dump())
+        options = FitOptions(cast(ScorerName, router.scorer), signal, router.policy)
         with TorchEngine.load(backbone, device=str(self.device), dtype="float32") as engine:
-            self._fit(router, engine, folder)
-            if router.none is not None:
-                self._report(Path(router.none), engine, folder)
-
-    def _fit(self, router: RouterSection, engine: TorchEngine, folder: Path) -> None:
-        """Fit prototypes on the recipe's prompts."""
-        signal = SignalSettings(layer=router.signal.layer, pooling=router.signal.pooling)
-        names = tuple(expert.name for expert in self.recipe.experts)
-        settings = PrototypeSettings(modules=names, signal=signal, policy=router.policy)
-        examples = read_examples(Path(router.data or ""), needs=("task",))
-        labelled = [Labelled(_query(engine, example), example.task) for example in examples]
-        step = self.stage("router", len(labelled))
-
-        def counted(items: Iterable[Labelled]) -> Iterator[Labelled]:
-            for item in items:
-                yield item
-                step()
-
-        scorer = fit_prototype(labelled, settings, encode=engine.encode, progress=counted)
-        save_prototype(folder, scorer, settings)
-
-    def _report(self, path: Path, engine: TorchEngine, folder: Path) -> None:
-        """Say how many of the prompts that no module serves the router leaves alone."""
-        fitted = load_router(folder, encode=engine.encode)
-        generic = [Labelled(_query(engine, e), None) for e in read_examples(path)]
-        report = evaluate(fitted, generic)
-        self.console.print(f"the router leaves {report.kept:.1%} of {path} to the backbone")
-
-
-def _query(engine: TorchEngine, example: Example) -> Query:
-    prompt = render(engine.tokenizer, example.model_copy(update={"answer": None}))
-    return Query(prompt.token_ids, example.prompt)
+            fitted = fit_router(
+                options,
+                labelled(engine.tokenizer, _prompts(self.recipe)),
+                modules={expert.name: expert.description for expert in self.recipe.experts},
+                encode=engine.encode,
+                backbone=Backbone.open(backbone).digest,
+                progress=self.stage,
+            )
+        for line in fit_lines(fitted):
+            self.console.print(escape(line), soft_wrap=True)
+        return fitted

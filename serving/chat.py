@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 
+from ..routers.base import Turn
 from .errors import ApiError
 from .schemas import Message
 
@@ -17,13 +18,18 @@ from .schemas import Message
 class Prompt:
     """A prompt ready for the engine.
 
-    token_ids: all of it. routed_ids (when called), routed_text: what the router looks at: of a
-    conversation the last user message alone, rendered as a conversation of its own; of a text all.
+    token_ids: all of it. read_turns: makes `turns`, which a prompt that is not routed never needs.
     """
 
     token_ids: tuple[int, ...]
-    routed_ids: Callable[[], tuple[int, ...]]
-    routed_text: str
+    read_turns: Callable[[], tuple[Turn, ...]]
+
+    @cached_property
+    def turns(self) -> tuple[Turn, ...]:
+        """What the router looks at: each user message, rendered as a conversation of its own; of
+        what has no user message all, as one turn.
+        """
+        return self.read_turns()
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:  # noqa: ANN401
@@ -38,21 +44,30 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:  # noqa:
             "its tokenizer",
             param="messages",
         )
-    last_user = next((m for m in reversed(messages) if m.role == "user"), None)
-    routed = [last_user] if last_user else messages
-    return Prompt(
-        token_ids=_render(tokenizer, messages),
-        routed_ids=partial(_render, tokenizer, routed),
-        routed_text=last_user.text if last_user else "",
-    )
+    return Prompt(_render(tokenizer, messages), lambda: _turns(tokenizer, messages))
 
 
 def text_prompt(tokenizer: Any, prompt: str | list[int]) -> Prompt:  # noqa: ANN401
     """A prompt of /v1/completions: tokenized as it stands, or token ids already."""
     if isinstance(prompt, str):
         ids = tuple(tokenizer(prompt)["input_ids"])
-        return Prompt(ids, lambda: ids, prompt)
-    return Prompt(tuple(prompt), lambda: tuple(prompt), "")
+        return Prompt(ids, lambda: (Turn(ids, prompt),))
+    return Prompt(tuple(prompt), lambda: (Turn(tuple(prompt), tokenizer.decode(prompt)),))
+
+
+def user_prompt(tokenizer: Any, text: str) -> Prompt:  # noqa: ANN401
+    """What a user would write, as the server sees it: a message where there is a chat template."""
+    if tokenizer.chat_template:
+        return chat_prompt(tokenizer, [Message(role="user", content=text)])
+    return text_prompt(tokenizer, text)
+
+
+def _turns(tokenizer: Any, messages: Sequence[Message]) -> tuple[Turn, ...]:  # noqa: ANN401
+    said = [message for message in messages if message.role == "user"]
+    if not said:
+        text = "\n".join(message.text for message in messages)
+        return (Turn(_render(tokenizer, messages), text),)
+    return tuple(Turn(_render(tokenizer, [message]), message.text) for message in said)
 
 
 def _render(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:  # noqa: ANN401

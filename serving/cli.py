@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import signal
@@ -19,6 +18,7 @@ from rich.markup import escape
 
 from ..adapters.errors import MergerouteError
 from .cli_banks import bank_commands
+from .cli_router import route_command, router_commands
 from .options import DeviceOption, DtypeOption, JsonOption, console
 from .settings import DEFAULT_PORT, ServeSettings, UsageError, read_settings
 
@@ -29,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bank_commands)
+app.add_typer(route_command)
+app.add_typer(router_commands)
 
 DEMO_BANK = Path(__file__).parent / "demo_bank"
 
@@ -112,6 +114,12 @@ def serve(
     max_concurrency: Annotated[
         int | None, typer.Option(metavar="N", help="Most requests that run at once.")
     ] = None,
+    module_root: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR", help="Folder that modules may be loaded from; repeatable. [default: .]"
+        ),
+    ] = None,
     log_format: Annotated[LogFormat | None, typer.Option(help="Form of the log lines.")] = None,
 ) -> None:
     """Serve banks, or a backbone with LoRA modules, behind the OpenAI API."""
@@ -127,38 +135,10 @@ def serve(
         "dtype": dtype,
         "max_length": max_length,
         "max_concurrency": max_concurrency,
+        "module_roots": tuple(module_root or ()),
         "log_format": log_format,
     }
     _serve(read_settings(config, overrides))
-
-
-@app.command()
-def route(
-    bank: Annotated[str, typer.Argument(metavar="BANK", help="Bank folder.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What a user would write.")],
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Show which modules would serve a prompt, and why; the server's own code decides."""
-    from .hosting import host_banks
-    from .schemas import ChatRequest, CompletionRequest
-    from .service import Service
-
-    settings = read_settings(None, {"banks": (bank,), "device": device, "dtype": dtype})
-    with console.status("loading the bank"):
-        service = Service(host_banks(settings.open_banks(), settings.placement))
-    try:
-        body: ChatRequest | CompletionRequest
-        if service.hosted[0].tokenizer.chat_template:
-            message = {"role": "user", "content": prompt}
-            body = ChatRequest.model_validate({"messages": [message]})
-        else:
-            body = CompletionRequest(prompt=prompt)
-        decision = asyncio.run(service.preview(body))
-    finally:
-        service.stop()
-    _print_json(decision) if as_json else _print_decision(decision)
 
 
 @app.command()
@@ -201,12 +181,14 @@ def _serve(settings: ServeSettings) -> None:
     from .service import Service
 
     configure_logging(settings.log_format)
+    options = settings.service_options
     listening = bind(settings.host, settings.port)
     try:
         with console.status("loading") as status:
             banks = settings.open_banks(report=status.update)
             say = _say if settings.log_format == "text" else logging.getLogger("mergeroute").info
-            service = Service(host_banks(banks, settings.placement, report=say))
+            hosted = host_banks(banks, settings.placement, report=say)
+            service = Service(hosted, options)
     except BaseException:
         listening.close()
         raise
@@ -218,16 +200,6 @@ def _serve(settings: ServeSettings) -> None:
 
 def _say(text: str) -> None:
     console.print(escape(text), soft_wrap=True)
-
-
-def _print_decision(decision: dict[str, Any]) -> None:
-    output = Console(highlight=False, emoji=False, soft_wrap=True)
-    blend = ", ".join(f"{n}={w:g}" for n, w in decision["blend"].items()) or "none (the backbone)"
-    output.print(f"blend       {escape(blend)}")
-    output.print(f"confidence  {decision['confidence']:.4f}, runner-up {decision['runner_up']}")
-    output.print(f"abstained   {decision['abstained']:g}")
-    output.print(f"router      {decision['router']}, {decision['milliseconds']:.1f} ms")
-    output.print(f"reason      {escape(decision['reason'])}")
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -21,7 +21,19 @@ from ..routers.data import Example, read_examples
 from ..runtime.loading import choose_device, choose_dtype
 from .asking import Asker, Outcome
 from .building import calibrator
-from .figures import AUTO, BACKBONE, EXPERTS, ORACLE, Bytes, Figures, Report, Results, figures_of
+from .figures import (
+    AUTO,
+    BACKBONE,
+    EXPERTS,
+    ORACLE,
+    Bytes,
+    Figures,
+    Report,
+    Results,
+    figures_of,
+    mean_of,
+    shortfalls,
+)
 from .hosting import Placement, host_banks
 from .scoring import Metric, MetricName, metric
 from .service import Service
@@ -273,6 +285,8 @@ def _notes(run: _Run, bank: Bank, tasks: Sequence[Figures]) -> Iterator[str]:
     asked = {homes[figures.task] for figures in tasks if figures.task in homes}
     if unasked := [module.name for module in bank.modules if module.name not in asked]:
         yield f"modules without prompts in the data: {', '.join(unasked)}"
+    if bank.router_path is not None and (mean := mean_of(tasks, "mean")):
+        yield from shortfalls(mean.scores)
     if not tasks:
         yield "no task of the data is a module or an expert of the bank: all count as generic"
 

@@ -128,7 +128,7 @@ def figures_of(
     size = None if home is None else sizes.modules.get(home)
     scores = {name: 100 * _mean([o.score for o in group]) for name, group in results.items()}
     routed = 100 * _mean([_went_to(home, outcome) for outcome in results[AUTO]])
-    abstained = 100 * _mean([outcome.blend.abstained for outcome in results[AUTO]])
+    abstained = 100 * _mean([outcome.decision.abstained for outcome in results[AUTO]])
     return Figures(
         task=task,
         prompts=len(results[AUTO]),
@@ -163,6 +163,20 @@ def mean_of(tasks: Sequence[Figures], name: str) -> Figures | None:
     )
 
 
+def shortfalls(scores: Mapping[str, float]) -> Iterator[str]:
+    """Sentences on systems that choose nothing for a prompt and are no worse than the router.
+
+    scores: in percent, by system.
+    """
+    for system, score in scores.items():
+        if system not in (AUTO, ORACLE, EXPERTS) and scores[AUTO] <= score:
+            name = "the backbone" if system == BACKBONE else f"{system}, the same for every prompt,"
+            yield (
+                f"routing does not beat {name} on this data: {AUTO} scores "
+                f"{scores[AUTO]:.1f} %, {system} {score:.1f} %"
+            )
+
+
 def _normalised(scores: Mapping[str, float]) -> dict[str, float] | None:
     expert = scores.get(EXPERTS)
     return {name: 100 * score / expert for name, score in scores.items()} if expert else None
@@ -170,8 +184,7 @@ def _normalised(scores: Mapping[str, float]) -> dict[str, float] | None:
 
 def _went_to(home: str | None, outcome: Outcome) -> bool:
     """Whether a module has the largest weight of the blend."""
-    blend = outcome.blend
-    return bool(blend) and max(blend, key=lambda name: blend[name]) == home
+    return home is not None and outcome.decision.best == home
 
 
 def _means_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

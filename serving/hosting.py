@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.bank import Bank
+from ..adapters.bank import Bank, BankModule
 from ..adapters.blend import Blend
-from ..adapters.digest import short
-from ..adapters.errors import BackboneError, BankError, RouterError, UnknownTargetError
-from ..routers.base import Query
+from ..adapters.digest import json_digest, short
+from ..adapters.errors import (
+    BackboneError,
+    BankError,
+    RequestError,
+    RouterError,
+    UnknownTargetError,
+)
+from ..routers.base import Card, Decision, Query
 from ..routers.router import Router
-from ..routers.store import load_router, modules_of
+from ..routers.store import load_router
 from ..runtime.torch_engine import EngineOptions, TorchEngine
-from ..runtime.types import SamplingParams
+from ..runtime.types import GenerationRequest, SamplingParams, TokenGate
 
 Report = Callable[[str], None]
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -33,17 +39,22 @@ class Placement:
 
 @dataclass(frozen=True)
 class HostedBank:
-    """A bank that can answer.
+    """A bank that can answer. Immutable: with another module it is another one.
 
+    bank: with the modules that are served now; its digest is of what is served now.
+    opened: the bank as it was opened.
     digests: of its modules as the engine knows them, by name. shared: of its always-on module.
+    changes: digests of what became of modules since the bank was opened, None of those that went.
     """
 
     bank: Bank
+    opened: Bank
     engine: TorchEngine
     digests: Mapping[str, str]
     shared: str | None = None
     router: Router | None = None
     defaults: SamplingParams = field(default_factory=SamplingParams)
+    changes: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
@@ -56,7 +67,95 @@ class HostedBank:
         router = short(self.router.digest) if self.router else "none"
         return f"mr-{short(self.bank.digest)}-{router}"
 
-    def by_digest(self, blend: Blend) -> Blend:
+    def request(
+        self, prompt_ids: tuple[int, ...], decision: Decision, sampling: SamplingParams
+    ) -> GenerationRequest:
+        """What the engine is asked to carry a decision out.
+
+        Raises:
+            UnknownTargetError: it names a module that the bank does not have.
+            RequestError: modules are to be weighed by token, and there are none.
+        """
+        blend = self._by_digest(decision.blend)
+        return GenerationRequest(prompt_ids, blend, sampling, self.gate(decision))
+
+    def gate(self, decision: Decision) -> TokenGate | None:
+        """All the bank's modules, where layers weigh them for every token.
+
+        Raises:
+            RequestError: there are none.
+        """
+        if decision.token_routing is None:
+            return None
+        return TokenGate(decision.token_routing, tuple(set(self.digests.values())))
+
+    def with_module(self, entry: BankModule, digest: str, card: Card) -> HostedBank:
+        """This bank and one module more, or with the module of this name replaced.
+
+        digest: of the module, which the engine has loaded. card: what the router is told of it.
+
+        Raises:
+            RouterError: the router cannot read the card.
+        """
+        said: dict[str, object] = {
+            "module": digest,
+            "samples": entry.samples,
+            "description": entry.description,
+        }
+        if not entry.samples:  # the router goes by what it was told before
+            said["before"] = self.changes.get(entry.name)
+        modules = {module.name: module for module in self.bank.modules} | {entry.name: entry}
+        return self._changed(
+            modules,
+            {**self.digests, entry.name: digest},
+            self.router and self.router.with_module(card),
+            {**self.changes, entry.name: json_digest(said)},
+        )
+
+    def without_module(self, name: str) -> HostedBank:
+        """This bank without one of its modules."""
+        modules = {module.name: module for module in self.bank.modules if module.name != name}
+        return self._changed(
+            modules,
+            {known: digest for known, digest in self.digests.items() if known != name},
+            self.router and self.router.without_module(name),
+            {known: change for known, change in self.changes.items() if known != name}
+            | ({name: None} if name in {module.name for module in self.opened.modules} else {}),
+        )
+
+    def check_router(self) -> None:
+        """Route one prompt, whatever comes of it.
+
+        Raises:
+            BankError: the router names a module that the bank lacks, or does not fit its backbone.
+        """
+        if self.router is None:
+            return
+        if unknown := set(self.router.modules) - self.digests.keys():
+            raise BankError(
+                f"the router of bank {self.bank.name!r} names {min(unknown)!r}, which the bank "
+                "lacks: fit the router again"
+            )
+        try:
+            if gate := self.gate(self.router.route(Query.of((0, 1)))):
+                self.engine.prepare_gate(gate)
+        except (RouterError, RequestError, RuntimeError) as error:
+            raise _unfit(self.bank, error) from error
+
+    def _changed(
+        self,
+        modules: Mapping[str, BankModule],
+        digests: Mapping[str, str],
+        router: Router | None,
+        changes: Mapping[str, str | None],
+    ) -> HostedBank:
+        digest = self.opened.digest
+        if changes:
+            digest = json_digest({"opened": digest, "changes": changes})
+        bank = replace(self.bank, modules=tuple(modules.values()), digest=digest)
+        return replace(self, bank=bank, digests=digests, router=router, changes=changes)
+
+    def _by_digest(self, blend: Blend) -> Blend:
         """A blend over names as the engine wants it, the shared module always among it.
 
         Raises:
@@ -118,33 +217,29 @@ def _host(
         module = bank.load(bank.shared)
         shared = engine.load_module(module)
         report(f"shared module of {bank.name}: {module.coverage(backbone.shapes)}")
-    return HostedBank(
+    hosted = HostedBank(
         bank=bank,
+        opened=bank,
         engine=engine,
         digests=digests,
         shared=shared,
         router=_router(bank, engine),
         defaults=_defaults(backbone.path),
     )
+    hosted.check_router()
+    return hosted
 
 
 def _router(bank: Bank, engine: TorchEngine) -> Router | None:
     if bank.router_path is None:
         return None
-    known = {module.name for module in bank.modules}
-    if unknown := set(modules_of(bank.router_path)) - known:
-        raise BankError(
-            f"the router of bank {bank.name!r} names {min(unknown)!r}, which the bank lacks: "
-            "fit the router again"
-        )
-    router = load_router(bank.router_path, encode=engine.encode)
-    try:
-        router.route(Query((0, 1)))
-    except (RouterError, RuntimeError) as error:
-        raise BankError(
-            f"the router of bank {bank.name!r} does not fit its backbone ({error}): fit it again"
-        ) from error
-    return router
+    return load_router(bank.router_path, encode=engine.encode, backbone=bank.backbone.digest)
+
+
+def _unfit(bank: Bank, error: Exception) -> BankError:
+    return BankError(
+        f"the router of bank {bank.name!r} does not fit its backbone ({error}): fit it again"
+    )
 
 
 def _defaults(path: Path) -> SamplingParams:

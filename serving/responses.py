@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import uuid4
 
+from ..routers.base import Decision
 from ..runtime.types import TokenEvent, TokenLogprob
 from .service import Choice
 from .token_text import TokenText, token_text
@@ -37,6 +38,11 @@ class Progress:
             self.logprobs.append(event)
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason.value
+
+
+def blend_text(decision: Decision) -> str:
+    """The blend as response headers show it."""
+    return "per-token" if decision.token_routing else decision.blend.weights_text
 
 
 def usage(progress: Sequence[Progress]) -> dict[str, Any]:

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    model_validator,
+)
 
-from ..adapters.errors import RequestError
+from ..adapters.errors import RequestError, RouterError
+from ..routers.token_routing import TokenRouting
 from ..runtime.types import MAX_STOPS, MAX_TOP_LOGPROBS, SamplingParams
 
 MAX_CHOICES = 128
+MAX_CONVERSATION_ID = 512
+MAX_SAMPLES = 1000
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; chat may use the rest of the context."""
 
@@ -23,6 +35,23 @@ def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - before validation
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_routing(value: Any) -> TokenRouting:  # noqa: ANN401 - before validation
+    try:
+        return TokenRouting.parse(value)
+    except RouterError as error:
+        raise RequestError(str(error), parameter="routing") from error
+
+
+def _as_label_name(name: str) -> str:
+    if name.startswith("header:"):
+        raise RequestError(
+            f"the metadata key {name!r} is not allowed: what begins with 'header:' stands for the "
+            "request's headers",
+            parameter="metadata",
+        )
+    return name
 
 
 class StreamOptions(_Body):
@@ -59,6 +88,17 @@ class Message(_Body):
         return "".join(part.text for part in self.content)
 
 
+class Conversation(_Body):
+    """A conversation as OpenAI's Responses write it."""
+
+    id: str = Field(min_length=1, max_length=MAX_CONVERSATION_ID)
+
+
+_ConversationId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CONVERSATION_ID)]
+_LabelName = Annotated[
+    str, StringConstraints(min_length=1, max_length=64), AfterValidator(_as_label_name)
+]
+_LabelValue = Annotated[str, StringConstraints(max_length=512)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -67,6 +107,16 @@ class _Generation(_Body):
 
     model: str = Field("auto", description="target", max_length=2048)
     blend: dict[str, float] | None = Field(None, description="weights by module, fixes the blend")
+    routing: Annotated[TokenRouting | None, PlainValidator(_as_routing)] = Field(
+        None, description="layers weigh the bank's modules for every token, by this method"
+    )
+    conversation: _ConversationId | Conversation | None = Field(
+        None, description="id of the conversation, which keeps its blend"
+    )
+    reroute: bool = Field(False, description="the last turn alone decides, this time")
+    metadata: dict[_LabelName, _LabelValue] = Field(
+        default_factory=dict, max_length=16, description="labels that rules may look at"
+    )
     temperature: float | None = Field(None, description="0 is greedy; default 1")
     top_p: float | None = None
     top_k: int | None = Field(None, description="0 or -1 is off")
@@ -93,6 +143,12 @@ class _Generation(_Body):
                 "stream_options is only allowed when stream is true", parameter="stream_options"
             )
         return self
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The conversation's id, however it was written."""
+        given = self.conversation
+        return given.id if isinstance(given, Conversation) else given
 
     @property
     def includes_usage(self) -> bool:
@@ -194,6 +250,25 @@ class CompletionRequest(_Generation):
 
 GenerationBody = ChatRequest | CompletionRequest
 
+_Sample = Annotated[str, StringConstraints(min_length=1)]
+
+
+class LoadModuleRequest(_Body):
+    """`POST /v1/load_lora_adapter`. lora_name: a bare name goes to the first bank."""
+
+    lora_name: str = Field("", description="name, or bank:name")
+    lora_path: str = Field("", description="folder under one of the server's module roots")
+    load_inplace: bool = Field(False, description="replace the module that has this name")
+    description: str | None = Field(None, max_length=4096, description="what it is for")
+    samples: tuple[_Sample, ...] = Field((), max_length=MAX_SAMPLES, description="its prompts")
+
+
+class UnloadModuleRequest(_Body):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: str = Field("", description="name, or bank:name")
+
+
 NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -205,7 +280,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "modalities": (["text"],),
-    "metadata": ({},),
     "functions": ([],),
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
@@ -221,10 +295,14 @@ and so are accepted.
 """
 
 
+_FREE = ("blend", "logit_bias", "metadata", "routing")
+"""Objects whose keys are the caller's, and no parameters."""
+
+
 def without_no_effect(body: Mapping[str, Any]) -> dict[str, Any]:
     """The body without nulls and without values that ask for nothing, at every depth."""
     return {
-        key: _cleaned(value)
+        key: value if key in _FREE else _cleaned(value)
         for key, value in body.items()
         if value is not None and not _asks_for_nothing(key, value)
     }

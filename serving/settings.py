@@ -14,6 +14,7 @@ from ..adapters.errors import MergerouteError
 if TYPE_CHECKING:  # torch takes seconds to import, which --help need not
     from ..adapters.bank import Bank
     from .hosting import Placement, Report
+    from .service import ServiceOptions
 
 DEFAULT_PORT = 8000
 
@@ -24,6 +25,21 @@ class SettingsError(MergerouteError):
 
 class UsageError(SettingsError):
     """The command line is at fault."""
+
+
+class ConversationSettings(BaseModel):
+    """How conversations are routed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Literal["sticky", "each-turn"] = Field(
+        "sticky", description="keep the blend, or let the last turn alone decide"
+    )
+    margin: float = Field(
+        0.5, ge=0, le=1, description="by how much another module must lead to move a conversation"
+    )
+    sessions: int = Field(10_000, ge=0, description="most conversations remembered by their id")
+    idle_minutes: float = Field(60, gt=0, description="how long an unused one is remembered")
 
 
 class ServeSettings(BaseModel):
@@ -42,6 +58,12 @@ class ServeSettings(BaseModel):
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
     max_length: int | None = Field(None, ge=2, description="most tokens of prompt and completion")
     max_concurrency: int = Field(16, ge=1, description="most requests that run at once")
+    module_roots: tuple[str, ...] = Field(
+        (".",), description="folders that modules may be loaded from at run time"
+    )
+    conversations: ConversationSettings = Field(
+        ConversationSettings(), description="how conversations are routed"
+    )
     log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
 
     @model_validator(mode="after")
@@ -64,6 +86,27 @@ class ServeSettings(BaseModel):
             token_budget=max(512, self.max_concurrency),
         )
         return Placement(device=self.device, dtype=self.dtype, options=options)
+
+    @property
+    def service_options(self) -> ServiceOptions:
+        """What the service does beside answering.
+
+        Raises:
+            SettingsError: a module root is no folder.
+        """
+        from ..routers.conversation import Stickiness
+        from .service import ServiceOptions
+
+        for root in self.module_roots:
+            if not Path(root).is_dir():
+                raise SettingsError(f"the module root {root} is no folder: name one that is there")
+        said = self.conversations
+        return ServiceOptions(
+            stickiness=Stickiness(said.mode, said.margin),
+            sessions=said.sessions,
+            idle_s=said.idle_minutes * 60,
+            module_roots=tuple(map(Path, self.module_roots)),
+        )
 
     def open_banks(self, report: Report = lambda _: None) -> list[Bank]:
         """Open what is to be served; the bank made on the spot comes last.
@@ -111,7 +154,7 @@ def _read_file(path: Path) -> dict[str, object]:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{path} holds no settings: write 'banks: [path/to/bank]'")
-    for key in ("banks", "modules"):
+    for key in ("banks", "modules", "module_roots"):
         if key in values:
             values[key] = _beside(path, values[key])
     if (path.parent / str(values.get("backbone"))).exists():  # else a hub id

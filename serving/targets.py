@@ -39,6 +39,7 @@ class Targets:
             names = Counter(h.bank.name for h in hosted)
             raise BankError(f"two banks are called {names.most_common(1)[0][0]!r}: rename one")
         self.default = hosted[0]
+        self.hosted = tuple(hosted)
         self._backbones = _backbones(hosted)
         self._modules: dict[str, list[HostedBank]] = {}
         for host in hosted:
@@ -75,6 +76,26 @@ class Targets:
         if model in self._backbones:
             return Target(model, self._backbones[model], Blend(), "the backbone was asked for")
         return self._qualified(model)
+
+    def module(self, name: str) -> Target:
+        """What a module's name, bare or as `bank:module`, stands for.
+
+        Raises:
+            UnknownTargetError: no module, or several, have this name.
+        """
+        return self._module(name) if name in self._modules else self._qualified(name)
+
+    def is_taken(self, name: str) -> bool:
+        """Whether a bank or a backbone has this name."""
+        return name in self.banks or name in self._backbones
+
+    def replacing(self, before: HostedBank, after: HostedBank) -> Targets:
+        """The same targets with a bank in another one's place.
+
+        Raises:
+            BankError: two things would have the same name.
+        """
+        return Targets([after if host is before else host for host in self.hosted])
 
     def listing(self) -> list[dict[str, Any]]:
         """Every name, in the shape of /v1/models, without the fields all share."""

@@ -12,10 +12,16 @@ from starlette.requests import ClientDisconnect
 
 from ..adapters.errors import RequestError
 from .errors import CLIENT_CLOSED, ApiError
-from .schemas import ChatRequest, CompletionRequest, without_no_effect
+from .schemas import (
+    ChatRequest,
+    CompletionRequest,
+    LoadModuleRequest,
+    UnloadModuleRequest,
+    without_no_effect,
+)
 
 MAX_BODY_BYTES = 4 << 20
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest)
+_Body = TypeVar("_Body", ChatRequest, CompletionRequest, LoadModuleRequest, UnloadModuleRequest)
 _SHOWN = 60
 
 _RULES = {
@@ -28,6 +34,7 @@ _RULES = {
     "too_long": "may hold at most {max_length} items",
     "too_short": "must hold at least {min_length} item",
     "string_too_long": "may have at most {max_length} characters",
+    "string_too_short": "must have at least {min_length} character",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "may be at most {le}",
     "literal_error": "must be {expected}",
@@ -105,7 +112,7 @@ def _explained(error: Mapping[str, Any]) -> ApiError:
 
 def _path(error: Mapping[str, Any]) -> list[int | str]:
     """Where in the body the error is: pydantic's location without its names of types."""
-    types = ("str", "int", "TextPart")
+    types = ("str", "int", "constrained-str", "TextPart", "Conversation")
     return [p for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in types))]
 
 

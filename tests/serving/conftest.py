@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,16 @@ import uvicorn
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.routers.base import Query
-from mergeroute.routers.store import PrototypeSettings, SignalSettings, save_prototype
-from mergeroute.routers.training import Labelled, fit_prototype
+from mergeroute.routers.learned import Fitted
+from mergeroute.routers.settings import (
+    EnsembleSettings,
+    LearnedSettings,
+    RouterSettings,
+    RulesSettings,
+    SignalSettings,
+)
+from mergeroute.routers.store import save_router, signal_of
+from mergeroute.routers.training import Labelled, fit
 from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
 from mergeroute.serving.app import create_app
 from mergeroute.serving.hosting import Placement, host_banks
@@ -49,25 +57,58 @@ def chat_ids(backbone: Backbone, text: str) -> tuple[int, ...]:
 
 def write_routed_bank(folder: Path, *, name: str, backbone: Backbone, seed: int = 0) -> Bank:
     """A bank with a module per entry of WORDS and a router fitted on prompts that begin so."""
+    return _write_bank(folder, learned(backbone), fit_words(backbone), name, backbone, seed)
+
+
+def write_ruled_bank(folder: Path, *, name: str, backbone: Backbone) -> Bank:
+    """The same with rules before what was fitted."""
+    rules = [
+        {"keyword": "certainly", "module": "upper"},
+        {"header": {"x-team": "Digits"}, "module": "digit"},
+        {"metadata": {"tier": "iron"}},
+    ]
+    ruled = RulesSettings.model_validate({"rules": rules})
+    settings = EnsembleSettings(members=(ruled, learned(backbone)))
+    return _write_bank(folder, settings, {1: fit_words(backbone)}, name, backbone, 0)
+
+
+def learned(backbone: Backbone) -> LearnedSettings:
+    """Prototypes of hidden states after the first layer."""
+    signal = SignalSettings(layer=1, pooling="mean", ngrams=0)
+    return LearnedSettings(modules=tuple(WORDS), signal=signal, backbone=backbone.digest)
+
+
+def fit_words(backbone: Backbone) -> Fitted:
+    """Fitted on 40 prompts for each of WORDS."""
+    examples = [
+        Labelled(Query.of(chat_ids(backbone, f"{words} {k}")), module_name)
+        for module_name, words in WORDS.items()
+        for k in range(40)
+    ]
+    with TorchEngine.load(backbone.path, dtype="float32") as engine:
+        signal = signal_of(learned(backbone).signal, encode=engine.encode)
+        return fit("prototype", signal, examples, modules=tuple(WORDS))
+
+
+def _write_bank(
+    folder: Path,
+    settings: RouterSettings,
+    fitted: Mapping[int, Fitted] | Fitted,
+    name: str,
+    backbone: Backbone,
+    seed: int,
+) -> Bank:
     modules = []
     for index, module_name in enumerate(WORDS):
         path = folder.parent / f"{folder.name}-loras" / module_name
         make_module(make_model(), module_name, seed=seed + index + 1).save(path)
         modules.append(BankModule(module_name, path, description=f"Prompts like {module_name}"))
-    settings = PrototypeSettings(modules=tuple(WORDS), signal=SignalSettings(layer=1))
-    examples = [
-        Labelled(Query(chat_ids(backbone, f"{words} {k}")), module_name)
-        for module_name, words in WORDS.items()
-        for k in range(40)
-    ]
-    with TorchEngine.load(backbone.path, dtype="float32") as engine:
-        scorer = fit_prototype(examples, settings, encode=engine.encode)
     return write_bank(
         folder,
         name=name,
         backbone=backbone,
         modules=modules,
-        write_router=lambda path: save_prototype(path, scorer, settings),
+        write_router=lambda path: save_router(path, settings, fitted=fitted),
     )
 
 

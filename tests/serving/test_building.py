@@ -16,6 +16,7 @@ import torch
 import transformers
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mergeroute.adapters.backbone import Backbone
@@ -34,6 +35,9 @@ from mergeroute.adapters.lora import Module
 from mergeroute.adapters.module_files import INT8_FILE
 from mergeroute.adapters.recipe import Recipe
 from mergeroute.adapters.recipe_file import read_recipe
+from mergeroute.routers.base import Query
+from mergeroute.routers.settings import LearnedSettings
+from mergeroute.routers.store import read_settings
 from mergeroute.runtime.calibration import input_moments
 from mergeroute.runtime.loading import load_model
 from mergeroute.runtime.rendering import Rendered
@@ -74,7 +78,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for names in ("ab", "cd", "ac"):
         write_examples(folder / f"{names}.jsonl", names)
-    lines = [{"prompt": f"{'~' * k} §§§ {'ß' * 12}"} for k in range(1, 9)]
+    lines = [{"prompt": f"{'~' * k} §§§ {'ß' * 12}"} for k in range(1, 31)]
     (folder / "none.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
@@ -194,15 +198,47 @@ def test_everything_that_is_exclusive_is_served(zoo: Zoo, tmp_path: Path) -> Non
 # Routers.
 
 
-def test_prompts_that_no_module_serves_are_reported(zoo: Zoo, data: Path, tmp_path: Path) -> None:
+def test_prompts_that_no_module_serves_are_learned_and_reported(
+    zoo: Zoo, data: Path, tmp_path: Path
+) -> None:
     output = io.StringIO()
     settings = router(data, "ab", none=str(data / "none.jsonl"))
     recipe = zoo.recipe("ab", backbone=SUM, router=settings)
     console = Console(file=output, width=200)
     bank = build_bank(recipe, tmp_path / "bank", console=console, device="cpu")
-    assert "the router leaves" in output.getvalue()
-    assert str(data / "none.jsonl") in output.getvalue()
+    assert "fitted on 24 prompts of modules and 30 of none" in output.getvalue()
+    assert "none kept on the backbone 100.0 %" in output.getvalue()
     assert bank.router_path is not None
+    said = read_settings(bank.router_path)
+    assert isinstance(said, LearnedSettings)
+    assert (said.scorer, said.modules) == ("prototype", ("a", "b"))
+    assert said.backbone == bank.backbone.digest
+    state = load_file(bank.router_path / "scorer.safetensors")
+    assert (state["owners"] == -1).any()
+
+
+@pytest.mark.parametrize("scorer", ["mlp", "retriever"])
+def test_other_scorers_are_fitted_too(scorer: str, zoo: Zoo, data: Path, tmp_path: Path) -> None:
+    settings = router(data, "cd", scorer=scorer, policy="softmax | top_k(1) | quantise")
+    bank = built(zoo.recipe("cd", backbone=SUM, router=settings), tmp_path / "bank")
+    (hosted,) = host_banks([bank], Placement(device="cpu", dtype="float32"))
+    assert hosted.router is not None
+    try:
+        for name in "cd":
+            ids, text = chat_ids(bank.backbone, f"{WORDS[name]} 77"), f"{WORDS[name]} 77"
+            decision = hosted.router.route(Query.of(ids, text))
+            assert decision.blend == Blend({name: 1.0})
+            assert decision.router == scorer
+    finally:
+        hosted.engine.stop()
+
+
+def test_a_router_of_tokens_is_written(zoo: Zoo, tmp_path: Path) -> None:
+    settings = {"scorer": "arrow", "settings": {"top_k": 1}}
+    bank = built(zoo.recipe("ab", backbone=SUM, router=settings), tmp_path / "bank")
+    assert bank.router_path is not None
+    said = json.loads((bank.router_path / "router.json").read_text())
+    assert said == {"scorer": "arrow", "settings": {"top_k": 1}}
 
 
 def test_a_fixed_router_is_written(zoo: Zoo, tmp_path: Path) -> None:
@@ -218,19 +254,22 @@ def test_a_fixed_router_is_written(zoo: Zoo, tmp_path: Path) -> None:
         ([], {}, DataError, ("holds no examples",)),
         (["{"], {}, DataError, ("line 1",)),
         ([{"prompt": "x"}], {}, DataError, ("line 1", "task")),
-        ([{"prompt": "x", "task": "a"}], {}, RecipeError, ("router.data", "no prompt of 'b'")),
+        ([{"prompt": "x", "task": "a"}], {}, DataError, ("own.jsonl holds no prompt", "'b'")),
+        ([{"prompt": " ", "task": t} for t in "ab"], {}, DataError, ("line 1", "blank")),
         (
             [{"prompt": "x", "task": t} for t in "abz"],
             {},
-            RecipeError,
-            ("line 3", "'z' is no expert", "router.none"),
+            DataError,
+            ("line 3", "'z' is no module (a, b)", "none"),
         ),
         (None, {"policy": "softmax(0)"}, RecipeError, ("router.policy", "softmax(0)")),
         (None, {"policy": "guess"}, RecipeError, ("router.policy", "guess")),
         (None, {"signal": {"layer": 9}}, RecipeError, ("router.signal.layer is 9", "3 layers")),
+        (None, {"signal": {"layer": [1, 9]}}, RecipeError, ("layer is 9", "3 layers")),
         (None, {"none": "/nowhere.jsonl"}, DataError, ("nowhere.jsonl",)),
         (None, {"scorer": "fixed", "blend": "x=1"}, RecipeError, ("router.blend", "'x'")),
         (None, {"scorer": "fixed", "blend": "a="}, RecipeError, ("router.blend",)),
+        (None, {"scorer": "arrow", "settings": {"top": 1}}, RecipeError, ("settings", "'top'")),
     ],
 )
 def test_a_router_that_cannot_be_fitted_is_refused_before_anything_is_built(

@@ -52,6 +52,21 @@ def test_serve_answers_until_it_is_interrupted(bank_path: Path) -> None:
     assert any("POST /v1/chat/completions" in entry["message"] for entry in logged)
 
 
+def test_serve_loads_modules_from_under_its_roots_alone(bank_path: Path, tmp_path: Path) -> None:
+    for folder in ("roots/one", "elsewhere/two"):
+        make_module(make_model(), "m", seed=9).save(tmp_path / folder)
+    roots = ("--module-root", tmp_path / "roots")
+    with serving("serve", bank_path, "--dtype", "float32", *roots) as url:
+        load = f"{url}/v1/load_lora_adapter"
+        inside = httpx.post(load, json={"lora_name": "one", "lora_path": "one"})
+        assert inside.status_code == 200, inside.text
+        outside = {"lora_name": "two", "lora_path": str(tmp_path / "elsewhere" / "two")}
+        assert httpx.post(load, json=outside).json()["error"]["code"] == "adapter_path_forbidden"
+    refused = run("serve", bank_path, "--module-root", tmp_path / "gone")
+    assert refused.returncode == 1
+    assert "is no folder" in refused.stderr
+
+
 def test_serve_takes_a_backbone_and_modules(checkpoint: Backbone, tmp_path: Path) -> None:
     make_module(make_model(), "m").save(tmp_path / "m")
     arguments = ("--backbone", checkpoint.path, "--module", f"mine={tmp_path / 'm'}")

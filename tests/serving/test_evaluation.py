@@ -70,7 +70,10 @@ def decisions(bank: Bank, data: Path, task: str) -> list[Blend]:
     examples = [example for example in read_examples(data) if example.task == task]
     with TorchEngine.load(bank.backbone.path, dtype="float32") as engine:
         router = load_router(bank.router_path, encode=engine.encode)
-        queries = [Query(chat_ids(bank.backbone, example.prompt)) for example in examples]
+        queries = [
+            Query.of(chat_ids(bank.backbone, example.prompt), example.prompt)
+            for example in examples
+        ]
         return [router.route(query).blend for query in queries]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mergeroute.adapters.errors import RequestError
+from mergeroute.routers.token_routing import TokenRouting
 from mergeroute.runtime.types import SamplingParams
 from mergeroute.serving.errors import ApiError
 from mergeroute.serving.schemas import ChatRequest, CompletionRequest
@@ -66,6 +67,24 @@ def test_choices_get_seeds_of_their_own_and_defaults_fill_in() -> None:
     assert [body.sampling(defaults, k).seed for k in range(3)] == [5, 6, 7]
     filled = asdict(body.sampling(defaults, 0))
     assert (filled["temperature"], filled["top_p"], filled["top_k"]) == (0.6, 0.3, 20)
+
+
+def test_keys_of_the_callers_own_are_no_parameters() -> None:
+    own = {
+        "metadata": {"suffix": "", "tool_choice": "auto"},
+        "blend": {"length_penalty": 1.0, "priority": 0},
+    }
+    body = validate({"messages": MESSAGES, **own}, ChatRequest)
+    assert (body.metadata, body.blend) == (own["metadata"], own["blend"])
+    with pytest.raises(ApiError, match="metadata"):
+        validate({"messages": MESSAGES, "metadata": {"a": None}}, ChatRequest)
+
+
+@pytest.mark.parametrize("routing", ["arrow", {"method": "arrow", "top_k": None}])
+def test_routing_is_read_in_both_forms(routing: object) -> None:
+    body = validate({"messages": MESSAGES, "routing": routing}, ChatRequest)
+    assert body.routing == TokenRouting("arrow")
+    assert validate({"messages": MESSAGES, "routing": None}, ChatRequest).routing is None
 
 
 @pytest.mark.parametrize(

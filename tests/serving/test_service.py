@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -12,15 +14,21 @@ import pytest
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule
 from mergeroute.adapters.blend import Blend
-from mergeroute.adapters.errors import BankError, ContextLengthError, QueueFullError
+from mergeroute.adapters.errors import (
+    BankError,
+    ContextLengthError,
+    QueueFullError,
+    RouterError,
+)
+from mergeroute.routers.base import Turn
 from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
-from mergeroute.serving.schemas import ChatRequest
-from mergeroute.serving.service import Service
+from mergeroute.serving.schemas import ChatRequest, GenerationBody
+from mergeroute.serving.service import Assignment, Service
 from mergeroute.serving.validation import validate
 
 from ..tiny import make_model, make_module, make_tokenizer
-from .conftest import Served, chat_ids, running, write_routed_bank
+from .conftest import Served, chat_ids, running, write_checkpoint, write_routed_bank
 
 TIGHT = EngineOptions(max_concurrency=1, max_waiting=2)
 
@@ -39,31 +47,36 @@ def chat(*texts: str, **more: object) -> ChatRequest:
     return validate({"messages": messages, **more}, ChatRequest)
 
 
-def test_the_router_sees_the_last_user_message_alone(tight: Service) -> None:
+def assigned(service: Service, body: GenerationBody) -> list[Assignment]:
+    return asyncio.run(service.assign(body))
+
+
+def test_the_router_sees_each_user_message_as_a_conversation_of_its_own(tight: Service) -> None:
     body = chat("0 1 2 3 4", "0 1 2 3 4 5", "0 1 2", "shout the word 7")
-    (assignment,) = tight._assign(body)
+    (assignment,) = assigned(tight, body)
     assert assignment.decision.blend == Blend({"upper": 1.0})
     backbone = assignment.hosted.bank.backbone
-    assert assignment.prompt.routed_ids() == chat_ids(backbone, "shout the word 7")
+    texts = ["0 1 2 3 4 5", "shout the word 7"]
+    assert list(assignment.prompt.turns) == [Turn(chat_ids(backbone, t), t) for t in texts]
     rendered = make_tokenizer().decode(assignment.prompt.token_ids)
     assert rendered.startswith("<|user|>system:0 1 2 3 4<|end|>")
 
 
 def test_nothing_is_routed_for_a_prompt_that_does_not_fit(tight: Service) -> None:
     with pytest.raises(ContextLengthError) as caught:
-        tight._assign(chat("x", "y" * 300))
+        assigned(tight, chat("x", "y" * 300))
     assert caught.value.parameter == "messages"
 
 
 def test_all_choices_start_or_none(tight: Service) -> None:
     body = chat("x", "shout the word 7", n=9, max_tokens=100, ignore_eos=True)
-    assignments = tight._assign(body)
+    assignments = assigned(tight, body)
     with pytest.raises(QueueFullError, match="the limit is 2"):
         tight.submit(body, assignments)
     again = chat("x", "shout the word 7", max_tokens=2)
     for _ in range(200):
         try:
-            (choice,) = tight.submit(again, tight._assign(again))
+            (choice,) = tight.submit(again, assigned(tight, again))
             break
         except QueueFullError:
             continue
@@ -110,9 +123,20 @@ def test_a_router_of_another_backbone_is_refused_at_start(
     assert bank.router_path is not None
     settings = json.loads((bank.router_path / "router.json").read_text())
     settings["signal"]["layer"] = 9
+    del settings["backbone"]
     (bank.router_path / "router.json").write_text(json.dumps(settings))
     with pytest.raises(BankError, match="does not fit its backbone"):
         host_banks([bank], Placement(dtype="float32"))
+
+
+def test_a_router_fitted_on_another_checkpoint_is_refused_at_start(
+    checkpoint: Backbone, tmp_path: Path
+) -> None:
+    other = write_checkpoint(tmp_path / "other", seed=5)
+    bank = write_routed_bank(tmp_path / "bank", name="moved", backbone=checkpoint)
+    moved = replace(bank, backbone=other)
+    with pytest.raises(RouterError, match="was fitted on backbone"):
+        host_banks([moved], Placement(dtype="float32"))
 
 
 def test_text_offsets_count_the_tokens_texts(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.errors import BankError, ModuleError, UnknownTargetError
-from mergeroute.routers.store import save_fixed
+from mergeroute.routers.settings import FixedSettings
+from mergeroute.routers.store import save_router
 from mergeroute.serving.errors import ApiError
 from mergeroute.serving.hosting import HostedBank, Placement, host_banks
 from mergeroute.serving.schemas import ChatRequest
@@ -99,7 +101,7 @@ def test_a_bank_without_a_router_answers_from_the_backbone(
     adhoc = Bank.adhoc("mine", checkpoint, [BankModule("m", tmp_path / "m")])
     service = Service(host_banks([adhoc], PLACEMENT))
     body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
-    (assignment,) = service._assign(body)
+    (assignment,) = asyncio.run(service.assign(body))
     service.stop()
     assert assignment.decision.blend == Blend()
     assert assignment.decision.router == "none"
@@ -115,7 +117,7 @@ def test_a_router_that_names_an_absent_module_is_refused_and_nothing_stays(
         name="odd",
         backbone=checkpoint,
         modules=[BankModule("m", tmp_path / "m")],
-        write_router=lambda folder: save_fixed(folder, Blend({"gone": 1.0})),
+        write_router=lambda folder: save_router(folder, FixedSettings(blend="gone=1")),
     )
     with pytest.raises(BankError, match="'gone', which the bank lacks"):
         host_banks([bank], PLACEMENT)
