@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import plan
 from .bank import write_demo_bank
-from .data import ROUTER_PROMPTS, write_data
+from .data import write_data
 from .summary import Score, score, show_summary, write_summary
-from .tasks import load_tasks, target_tasks
+from .tasks import load_tasks
 from .train import train_base
 from .workers import quieten, run, worker_pool
 
@@ -40,9 +40,12 @@ def main() -> None:
 
 def assemble(out: Path, bank: Path, progress: Progress) -> None:
     """Fit the router and write the bank."""
-    count = ROUTER_PROMPTS * len(target_tasks(load_tasks()))
-    bar = progress.add_task("bank and its router", total=count)
-    write_demo_bank(out, bank, on_prompt=lambda: progress.advance(bar))
+
+    def stage(name: str, total: int) -> Callable[[], None]:
+        bar = progress.add_task(name, total=total)
+        return lambda: progress.advance(bar)
+
+    write_demo_bank(out, bank, stage)
 
 
 def parse_arguments() -> argparse.Namespace:

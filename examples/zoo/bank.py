@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule, write_bank
-from mergeroute.routers.base import Query
-from mergeroute.routers.store import PrototypeSettings, SignalSettings, save_prototype
-from mergeroute.routers.training import Labelled, fit_prototype
+from mergeroute.adapters.build import Progress
+from mergeroute.routers.settings import SignalSettings
 from mergeroute.runtime.torch_engine import TorchEngine
+from mergeroute.serving.fitting import fit_router, labelled, read_prompts
+from mergeroute.serving.router_options import FitOptions
 
 from .tasks import load_tasks, target_tasks
 
-SIGNAL = SignalSettings(layer=3, pooling="last")
-"""The last token of the third of four layers: mean pooling keeps only a third of the generic
-prompts on the backbone, see docs/zoo.md.
+OPTIONS = FitOptions(signal=SignalSettings(layer=3))
+"""The last token of the third of four layers, beside the prompt's n-grams: mean pooling tells
+prompts that no module serves less well, see docs/zoo.md.
 """
 SAMPLES = 3
 
 
-def write_demo_bank(out: Path, target: Path, *, on_prompt: Callable[[], None]) -> Bank:
+def write_demo_bank(out: Path, target: Path, progress: Progress) -> Bank:
     """Assemble the bank from what training left in `out`; replaces what stands at `target`.
 
-    on_prompt: called after each prompt the router is fitted on.
+    progress: a bar for each stage of the router's fit.
     """
     prompts = read_lines(out / "data" / "router.jsonl")
     tasks = target_tasks(load_tasks())
@@ -40,17 +40,21 @@ def write_demo_bank(out: Path, target: Path, *, on_prompt: Callable[[], None]) -
         for task in tasks
     ]
     backbone = Backbone.open(out / "base", name="zoo-base")
-    settings = PrototypeSettings(modules=tuple(m.name for m in modules), signal=SIGNAL)
+    names = {task.name: task.description for task in tasks}
 
     def write_router(folder: Path) -> None:
+        data, none = (out / "data" / name for name in ("router.jsonl", "none.jsonl"))
+        examples = read_prompts(data, none, {name: name for name in names}, modules=list(names))
         with TorchEngine.load(backbone.path, device="cpu", dtype="float32") as engine:
-            examples = []
-            for prompt in prompts:
-                query = Query(rendered(engine, prompt["prompt"]), prompt["prompt"])
-                examples.append(Labelled(query, prompt["task"]))
-                on_prompt()
-            scorer = fit_prototype(examples, settings, encode=engine.encode)
-        save_prototype(folder, scorer, settings)
+            router = fit_router(
+                OPTIONS,
+                labelled(engine.tokenizer, examples),
+                modules=names,
+                encode=engine.encode,
+                backbone=backbone.digest,
+                progress=progress,
+            )
+        router.write(folder)
 
     return write_bank(
         target,
@@ -60,17 +64,6 @@ def write_demo_bank(out: Path, target: Path, *, on_prompt: Callable[[], None]) -
         write_router=write_router,
         force=True,
     )
-
-
-def rendered(engine: TorchEngine, text: str) -> tuple[int, ...]:
-    """A user's message as the backbone sees it."""
-    ids = engine.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-    )
-    return tuple(ids)
 
 
 def read_lines(file: Path) -> list[dict[str, str]]:
