@@ -180,8 +180,10 @@ class KindSettings(_Strict):
 class SignalSection(_Strict):
     """What of the prompt the router reads; everything that is named stands side by side."""
 
-    layer: int | tuple[int, ...] = Field(
-        2, description="after which of the backbone's layers, counted from 1; []: reads none"
+    layer: int | tuple[int, ...] | None = Field(
+        None,
+        description="after which of the backbone's layers, counted from 1; []: reads none; "
+        "absent: a twelfth of them",
     )
     pooling: Literal["mean", "last", "both"] = Field("last", description="over the prompt's tokens")
     window: int = Field(128, ge=2, description="most tokens of a prompt that are read")
@@ -194,13 +196,13 @@ class SignalSection(_Strict):
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers, in order."""
-        return (self.layer,) if isinstance(self.layer, int) else self.layer
+        return (self.layer,) if isinstance(self.layer, int) else self.layer or ()
 
     @model_validator(mode="after")
     def _reads_something(self) -> Self:
         if low := [layer for layer in self.layers if layer < 1]:
             raise ValueError(f"layer is {low[0]}: layers are counted from 1")
-        if not (self.layers or self.ngrams or self.embedding):
+        if self.layer == () and not (self.ngrams or self.embedding):
             raise ValueError("the signal reads nothing: give layer, ngrams or embedding")
         return self
 

@@ -28,7 +28,7 @@ from mergeroute.adapters.blend import Blend
 from mergeroute.routers.base import Query
 from mergeroute.routers.policies import Policy
 from mergeroute.routers.router import RequestRouter
-from mergeroute.routers.settings import DEFAULT_POLICY, SignalSettings, default_signal
+from mergeroute.routers.settings import DEFAULT_POLICY, SignalSettings
 from mergeroute.routers.store import signal_of
 from mergeroute.routers.training import Labelled, fit
 from mergeroute.runtime.loading import choose_device, choose_dtype
@@ -127,7 +127,7 @@ def first_token(engine: TorchEngine, query: Query, blend: Blend) -> float:
 def measure(name: str, shape: dict[str, int], arguments: Any) -> tuple[list[Row], Rate]:
     """All lengths of one model, interleaved."""
     prompts = Prompts(shape["vocab_size"])
-    signal = default_signal(shape["num_hidden_layers"]).model_copy(update=arguments.signal)
+    signal = SignalSettings(**arguments.signal).settled(shape["num_hidden_layers"])
     with make_engine(shape, dtype=arguments.dtype) as engine:
         router = make_router(engine, prompts, signal)
         digest = engine.load_module(make_module(engine.model, 0, rank=16))

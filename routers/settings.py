@@ -16,8 +16,10 @@ class _Strict(BaseModel):
 class SignalSettings(_Strict):
     """What of a prompt is read; everything that is named stands side by side."""
 
-    layer: int | tuple[int, ...] = Field(
-        2, description="after which of the backbone's layers, counted from 1; []: reads none"
+    layer: int | tuple[int, ...] | None = Field(
+        None,
+        description="after which of the backbone's layers, counted from 1; []: reads none; "
+        "absent when a router is fitted: a twelfth of them",
     )
     pooling: Literal["mean", "last", "both"] = Field(
         "last", description="of hidden states, over the prompt's tokens"
@@ -36,24 +38,25 @@ class SignalSettings(_Strict):
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers, in order."""
-        return (self.layer,) if isinstance(self.layer, int) else self.layer
+        return (self.layer,) if isinstance(self.layer, int) else self.layer or ()
+
+    def settled(self, layers: int) -> SignalSettings:
+        """With the layer stated: by default a twelfth of the backbone's, so that routing costs
+        little beside the first token; more layers tell other prompts apart better.
+
+        layers: how many the backbone has.
+        """
+        if self.layer is not None:
+            return self
+        return self.model_copy(update={"layer": max(1, layers // 12)})
 
     @model_validator(mode="after")
     def _reads_something(self) -> Self:
-        if not (self.layers or self.ngrams or self.embedding):
+        if self.layer == () and not (self.ngrams or self.embedding):
             raise ValueError("the signal reads nothing: give layer, ngrams or embedding")
         if any(layer < 1 for layer in self.layers):
             raise ValueError(f"layer is {self.layer}: layers are counted from 1")
         return self
-
-
-def default_signal(layers: int) -> SignalSettings:
-    """What is read unless something else is asked for: a twelfth of a backbone's layers, so that
-    routing costs little beside the first token; more layers tell other prompts apart better.
-
-    layers: how many the backbone has.
-    """
-    return SignalSettings(layer=max(1, layers // 12))
 
 
 class _Common(_Strict):

@@ -144,6 +144,8 @@ def signal_of(
 
     capacity: most prompts that are remembered.
     """
+    if settings.layer is None:
+        raise RouterError("the signal states no layer: write 'layer', or fit the router again")
     parts: list[Signal] = []
     if settings.layers:
         parts.append(HiddenState(encode, settings.layers, settings.pooling, settings.window))

@@ -158,6 +158,12 @@ class TorchEngine:
         """Most tokens of prompt and completion together."""
         return self._admission.max_length
 
+    @property
+    def layers(self) -> int:
+        """How many layers the backbone has."""
+        count: int = self.model.config.get_text_config().num_hidden_layers
+        return count
+
     def check(self, request: GenerationRequest) -> None:
         """Refuse a request that cannot run; errors as in `Engine.check`."""
         self._admission.check(request)

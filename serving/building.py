@@ -218,10 +218,10 @@ class _RouterWriter:
     def _fit(self, router: RouterSection, backbone: Path) -> FittedRouter:
         """Fit it on the recipe's prompts, and say what a fifth of them told."""
         signal = SignalSettings.model_validate(router.signal.model_dump())
-        options = FitOptions(cast(ScorerName, router.scorer), signal, router.policy)
+        options = FitOptions(cast(ScorerName, router.scorer), policy=router.policy)
         with TorchEngine.load(backbone, device=str(self.device), dtype="float32") as engine:
             fitted = fit_router(
-                options,
+                options.with_signal(signal, layers=engine.layers),
                 labelled(engine.tokenizer, _prompts(self.recipe)),
                 modules={expert.name: expert.description for expert in self.recipe.experts},
                 encode=engine.encode,

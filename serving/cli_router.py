@@ -50,7 +50,7 @@ def fit(
         typer.Option(
             metavar="KEY=VALUE,...",
             help="What it reads: layer=3,pooling=last,ngrams=256,window=256,embedding=...,"
-            "recency=0.5. [default: what the bank's router reads]",
+            "recency=0.5. [default: what the bank's router reads, or a twelfth of the layers]",
         ),
     ] = None,
     policy: Annotated[

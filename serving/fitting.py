@@ -114,10 +114,10 @@ def fit_bank(
             raise BankError(f"bank {bank.name!r} has no modules: a router has nothing to choose")
         modules = {module.name: module.description for module in bank.modules}
         prompts = read_prompts(data, none, bank_homes(bank, data), modules=list(modules))
-        chosen = options.with_signal(usual_signal(bank.router_path))
+        usual = usual_signal(bank.router_path)
         with TorchEngine.load(bank.backbone.path, device=device, dtype=dtype) as engine:
             router = fit_router(
-                chosen,
+                options.with_signal(usual, layers=engine.layers),
                 labelled(engine.tokenizer, prompts),
                 modules=modules,
                 encode=engine.encode,
@@ -209,7 +209,8 @@ def fit_router(
     options.check(list(modules))
     different = without_duplicates(examples)
     turns = sum(len(example.query.turns) for example in different)
-    signal = signal_of(options.signal or SignalSettings(), encode=encode, capacity=turns)
+    assert options.signal is not None, "settle the signal first"
+    signal = signal_of(options.signal, encode=encode, capacity=turns)
     readings = read(signal, different, step=progress("reading prompts", len(different)))
     fitting = _Fitting(options, modules, signal, readings)
     trial = fitting.trial(different, progress)

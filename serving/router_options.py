@@ -54,9 +54,9 @@ class FitOptions:
                 f"a rule names {min(unknown)!r}, which is no module: {', '.join(modules)}"
             )
 
-    def with_signal(self, usual: SignalSettings) -> FitOptions:
-        """The same with the signal settled."""
-        return replace(self, signal=self.signal or usual)
+    def with_signal(self, usual: SignalSettings, *, layers: int) -> FitOptions:
+        """The same with the signal settled. layers: how many the backbone has."""
+        return replace(self, signal=(self.signal or usual).settled(layers))
 
     @property
     def reads_text_alone(self) -> bool:

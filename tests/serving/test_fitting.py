@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,5 +321,8 @@ def test_the_usual_signal_is_the_routers_own(bank: Bank, tmp_path: Path) -> None
     assert isinstance(said, LearnedSettings)
     assert usual_signal(bank.router_path) == said.signal
     assert usual_signal(None) == usual_signal(tmp_path) == SignalSettings()
-    assert FitOptions().with_signal(USUAL).signal == USUAL
-    assert replace(FitOptions(), signal=SignalSettings()).with_signal(USUAL).signal != USUAL
+    assert FitOptions().with_signal(USUAL, layers=36).signal == USUAL
+    assert [
+        FitOptions(signal=SignalSettings()).with_signal(USUAL, layers=count).signal
+        for count in (1, 12, 36)
+    ] == [SignalSettings(layer=layer) for layer in (1, 1, 3)]
