@@ -3,15 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..adapters.errors import RouterError
+from .base import Scores
+
 _LARGEST_TEMPERATURE = 1e4
 _BINS = 15
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a scorer's logits and distances mean, from prompts that it was not fitted on.
+
+    temperature: by which logits are divided so that a softmax tells how often the best is right.
+    distances: of the modules' prompts, ascending.
+    """
+
+    temperature: float = 1.0
+    distances: tuple[float, ...] = ()
+
+    def scores(
+        self,
+        modules: Sequence[str],
+        logits: Tensor,
+        distance: Tensor,
+        basis: Mapping[str, str] = {},
+    ) -> Scores:
+        """Logits of the modules, and of none where there is one more, [m] or [m + 1], and the
+        distance, [], of one prompt."""
+        *own, none = [*(logits / self.temperature).tolist(), None][: len(modules) + 1]
+        return Scores(
+            logits=dict(zip(modules, own, strict=True)),
+            distance=float(distance),
+            calibration=self.distances,
+            none=none,
+            basis=basis,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to save."""
+        values = {"calibration": self.distances, "temperature": (self.temperature,)}
+        return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Calibration:
+        """Undo `state`.
+
+        Raises:
+            RouterError: a tensor is missing, or holds what cannot be.
+        """
+        try:
+            distances, temperature = state["calibration"].double(), state["temperature"].double()
+        except KeyError as error:
+            raise RouterError(f"the router lacks tensor {error}: fit it again") from error
+        is_finite = bool(distances.isfinite().all() and temperature.isfinite().all())
+        if not (is_finite and temperature.numel() == 1 and float(temperature) > 0):
+            raise RouterError("the router's calibration is damaged: fit it again")
+        return cls(float(temperature), tuple(distances.flatten().sort().values.tolist()))
 
 
 @dataclass(frozen=True)

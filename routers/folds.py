@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.errors import RouterError
-from .calibration import fit_temperature
+from .calibration import Calibration, fit_temperature
 
 FOLDS = 5
 _MORE_FOLDS = 10
@@ -47,8 +47,8 @@ def targets_of(labels: Sequence[str], modules: Sequence[str], *, none: int = 0) 
 
 def calibrate(
     score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], targets: Tensor, *, modules: int
-) -> tuple[float, tuple[float, ...]]:
-    """Temperature, and the modules' prompts' distances, ascending, from cross-validation.
+) -> Calibration:
+    """Temperature, and the distances of the modules' prompts, from cross-validation.
 
     score: takes which rows to fit on and which to score, [n] bool each, and gives the latter's
     logits [k, classes] and distances [k]. targets: classes [n]; those from `modules` on are of
@@ -62,7 +62,7 @@ def calibrate(
     own, others = distances[is_own].sort().values, distances[~is_own]
     if len(others):
         own = own.clamp(0.0, max(0.0, float(others.quantile(_ACCEPTED_OF_NONE))))
-    return fit_temperature(logits, targets), tuple(own.tolist())
+    return Calibration(fit_temperature(logits, targets), tuple(own.tolist()))
 
 
 def _held_out(

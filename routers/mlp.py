@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm
 
 from ..adapters.errors import RouterError
 from .base import Scores
+from .calibration import Calibration
 from .folds import calibrate, targets_of
 
 _HIDDEN = 256
@@ -62,8 +63,7 @@ class Mlp:
     likely it is than the best module: log odds, before the temperature. Without any it is the
     negative log of the summed exponentials, which tells outliers less well.
 
-    modules: names, in the order of the classes. calibration: ascending distances of the modules'
-    prompts, each held out.
+    modules: names, in the order of the classes. calibration: from cross-validation.
 
     Source: Lu et al. 2024, Twin-Merging, arXiv:2406.15479, section 4.2 (the router); Liu et al.
     2020, Energy-based Out-of-distribution Detection, arXiv:2010.03759, section 3.1 (without none).
@@ -71,8 +71,7 @@ class Mlp:
 
     modules: tuple[str, ...]
     network: Network
-    calibration: tuple[float, ...] = ()
-    temperature: float = 1.0
+    calibration: Calibration = field(default_factory=Calibration)
     name: str = "mlp"
 
     @classmethod
@@ -105,24 +104,18 @@ class Mlp:
                 tuple(modules), _train(rows[kept], targets[kept], classes=classes, seed=seed)
             )
 
-        temperature, calibration = calibrate(
+        calibration = calibrate(
             lambda kept, left: trained(kept).logits(rows[left]), targets, modules=len(modules)
         )
         whole = trained(torch.ones_like(targets, dtype=torch.bool))
-        return replace(whole, calibration=calibration, temperature=temperature)
+        return replace(whole, calibration=calibration)
 
     def score(self, features: Tensor) -> Scores:
         """Logits of a prompt's features [d], and how unlike the modules' prompts it is."""
         if not self.modules:
             return Scores({})
         logits, distance = self.logits(features[None])
-        own, none = logits[0, : len(self.modules)], logits[0, len(self.modules) :]
-        return Scores(
-            logits=dict(zip(self.modules, (own / self.temperature).tolist(), strict=True)),
-            none=float(none[0]) / self.temperature if len(none) else None,
-            distance=float(distance[0]),
-            calibration=self.calibration,
-        )
+        return self.calibration.scores(self.modules, logits[0], distance[0])
 
     def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the modules and then of none, [n, modules + 1], or without it, not divided
@@ -162,11 +155,8 @@ class Mlp:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save."""
-        scalars = {"calibration": self.calibration, "temperature": (self.temperature,)}
-        return {
-            **{name: tensor.contiguous() for name, tensor in vars(self.network).items()},
-            **{name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()},
-        }
+        network = {name: tensor.contiguous() for name, tensor in vars(self.network).items()}
+        return {**network, **self.calibration.state()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], modules: Sequence[str]) -> Mlp:
@@ -177,13 +167,10 @@ class Mlp:
         """
         try:
             network = Network(**{name: state[name] for name in Network.__dataclass_fields__})
-            calibration, temperature = state["calibration"], state["temperature"]
         except KeyError as error:
             raise RouterError(f"the mlp router lacks tensor {error}: fit it again") from error
         _check(network, len(modules))
-        if not (all(map(_is_finite, (calibration, temperature))) and temperature.min() > 0):
-            raise RouterError("the mlp router holds NaN or inf: fit it again")
-        return cls(tuple(modules), network, tuple(calibration.tolist()), float(temperature))
+        return cls(tuple(modules), network, Calibration.from_state(state))
 
 
 def _check(network: Network, modules: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters.errors import RouterError
 from .base import Scores
+from .calibration import Calibration
 from .folds import calibrate, targets_of
 
 _NONE = -1
@@ -42,7 +43,7 @@ class Prototype:
     allowance: [modules], taken off `distance` where the module is the best: 0 for those that were
     fitted; the few samples of one that was added since say less about where its prompts end.
     center: [d], taken from features before the whitening [d, d]; distances are Euclidean after it.
-    calibration: ascending distances of the modules' prompts, each held out; at least 0.
+    calibration: from cross-validation.
     basis: how modules are known that were added since the fit.
 
     Source: Lee et al. 2018, arXiv:1807.03888, section 2.1 (Mahalanobis distance to class means
@@ -57,8 +58,7 @@ class Prototype:
     spread: Tensor
     center: Tensor
     whitening: Tensor
-    calibration: tuple[float, ...] = ()
-    temperature: float = 1.0
+    calibration: Calibration = field(default_factory=Calibration)
     basis: Mapping[str, str] = field(default_factory=dict)
     name: str = "prototype"
 
@@ -89,25 +89,18 @@ class Prototype:
         def fitted(kept: Tensor) -> Prototype:
             return _fit(rows[kept], targets[kept], modules, centroids)
 
-        temperature, calibration = calibrate(
+        calibration = calibrate(
             lambda kept, left: fitted(kept).logits(rows[left]), targets, modules=len(modules)
         )
         whole = fitted(torch.ones_like(targets, dtype=torch.bool))
-        return replace(whole, calibration=calibration, temperature=temperature)
+        return replace(whole, calibration=calibration)
 
     def score(self, features: Tensor) -> Scores:
         """Logits of a prompt's features [d], and how unlike the modules' prompts it is."""
         if not self.modules:
             return Scores({})
         logits, distance = self.logits(features[None])
-        own, none = logits[0, : len(self.modules)], logits[0, len(self.modules) :]
-        return Scores(
-            logits=dict(zip(self.modules, (own / self.temperature).tolist(), strict=True)),
-            none=float(none[0]) / self.temperature if len(none) else None,
-            distance=float(distance[0]),
-            calibration=self.calibration,
-            basis=self.basis,
-        )
+        return self.calibration.scores(self.modules, logits[0], distance[0], self.basis)
 
     def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the modules and then of none, [n, modules + 1], or without it, not divided
@@ -190,8 +183,7 @@ class Prototype:
             "spread": self.spread,
             "center": self.center.float(),
             "whitening": self.whitening.float().contiguous(),
-            "calibration": torch.tensor(self.calibration, dtype=torch.float64),
-            "temperature": torch.tensor(self.temperature, dtype=torch.float64),
+            **self.calibration.state(),
         }
 
     @classmethod
@@ -203,12 +195,9 @@ class Prototype:
         """
         try:
             tensors = {key: state[key] for key in _TENSORS}
-            calibration, temperature = state["calibration"], state["temperature"]
         except KeyError as error:
             raise RouterError(f"the prototype router lacks tensor {error}: fit it again") from error
         _check_state(tensors, len(modules))
-        if not (_is_finite(calibration) and _is_finite(temperature) and float(temperature) > 0):
-            raise RouterError("the prototype router's calibration is damaged: fit it again")
         exact = {key: tensor.double() for key, tensor in tensors.items()}
         return cls(
             modules=tuple(modules),
@@ -219,8 +208,7 @@ class Prototype:
             spread=exact["spread"],
             center=exact["center"],
             whitening=exact["whitening"],
-            calibration=tuple(calibration.double().sort().values.tolist()),
-            temperature=float(temperature),
+            calibration=Calibration.from_state(state),
         )
 
 

@@ -19,14 +19,14 @@ _DRAWS: dict[str, Callable[[Random], str]] = {
 }
 
 
-def none_prompts(count: int = NONE_PROMPTS) -> list[str]:
+def none_prompts(count: int = NONE_PROMPTS, *, every: int = 1) -> list[str]:
     """Draw different prompts of every kind, on training inputs; the same on every call.
 
-    count: of a kind; one that takes no input gives all it has.
+    count: of a kind; one that takes no input gives all it has. every: so many-th kind alone.
     """
     kinds = tomllib.loads((Path(__file__).parent / "none.toml").read_text("utf-8"))
     found: dict[str, None] = {}
-    for name, kind in kinds.items():
+    for name, kind in [*kinds.items()][::every]:
         random, wordings = Random(f"none {name}"), kind["wordings"]
         draw = _DRAWS.get(kind["input"])
         drawn: dict[str, None] = {}

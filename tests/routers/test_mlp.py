@@ -51,16 +51,18 @@ def test_scores_are_what_the_network_says(fitted: Mlp) -> None:
     z = gelu(rows @ net.hidden.T + net.hidden_bias) @ net.output.T + net.output_bias
     scores = fitted.score(x)
     for k, name in enumerate(MODULES):
-        assert scores.logits[name] == pytest.approx(float(z[k]) / fitted.temperature, rel=1e-4)
-    assert scores.none == pytest.approx(float(z[3]) / fitted.temperature, rel=1e-4)
+        assert scores.logits[name] == pytest.approx(
+            float(z[k]) / fitted.calibration.temperature, rel=1e-4
+        )
+    assert scores.none == pytest.approx(float(z[3]) / fitted.calibration.temperature, rel=1e-4)
     odds = torch.log(z.softmax(0)[3] / z.softmax(0)[:3].max())
     assert scores.distance == pytest.approx(float(odds), rel=1e-3)
 
 
 def test_prompts_of_no_module_are_rejected_and_the_modules_own_are_not(fitted: Mlp) -> None:
-    assert all(a <= b for a, b in pairwise(fitted.calibration))
-    assert len(fitted.calibration) == 180
-    threshold = fitted.calibration[int(180 * 0.98)]
+    assert all(a <= b for a, b in pairwise(fitted.calibration.distances))
+    assert len(fitted.calibration.distances) == 180
+    threshold = fitted.calibration.distances[int(180 * 0.98)]
     own = distances(fitted, draw(300, seed=5))
     assert sum(d > threshold for d in own) / len(own) < 0.05
     none = distances(fitted, draw(100, seed=6, clusters=(3, 4)))
@@ -71,14 +73,16 @@ def test_without_other_prompts_the_calibrated_share_is_rejected() -> None:
     head = Mlp.fit(draw(100, seed=1), labels(100), modules=MODULES)
     own = distances(head, draw(300, seed=5))
     for rate in (0.5, 0.1):
-        threshold = head.calibration[int(300 * (1 - rate))]
+        threshold = head.calibration.distances[int(300 * (1 - rate))]
         assert sum(d > threshold for d in own) / len(own) == pytest.approx(rate, rel=0.6)
 
 
 def test_without_other_prompts_the_distance_is_the_energy() -> None:
     head = Mlp.fit(draw(40, seed=1), labels(40), modules=MODULES)
     scores = head.score(draw(1, seed=2)[0])
-    energy = -math.log(sum(math.exp(z * head.temperature) for z in scores.logits.values()))
+    energy = -math.log(
+        sum(math.exp(z * head.calibration.temperature) for z in scores.logits.values())
+    )
     assert scores.distance == pytest.approx(energy, rel=1e-4)
     assert len(head.network.output) == 3
 
@@ -90,7 +94,7 @@ def test_one_seed_gives_one_result_whatever_the_global_one() -> None:
     with torch.no_grad():
         second = Mlp.fit(draw(10, seed=1), labels(10), modules=MODULES, seed=7)
     other = Mlp.fit(draw(10, seed=1), labels(10), modules=MODULES, seed=8)
-    assert first.calibration == second.calibration
+    assert first.calibration.distances == second.calibration.distances
     assert torch.equal(first.network.hidden, second.network.hidden)
     assert not torch.equal(first.network.hidden, other.network.hidden)
 
@@ -99,7 +103,7 @@ def test_temperature_admits_to_labels_that_contradict_each_other() -> None:
     features = draw(60, seed=1)
     wrong = torch.rand(180, generator=torch.Generator().manual_seed(0)) < 0.3
     noisy = [MODULES[k % 3] if wrong[k] else n for k, n in enumerate(labels(60))]
-    assert Mlp.fit(features, noisy, modules=MODULES).temperature > 1.5
+    assert Mlp.fit(features, noisy, modules=MODULES).calibration.temperature > 1.5
 
 
 def test_features_of_another_scale_weigh_as_much() -> None:
@@ -149,8 +153,9 @@ def test_damaged_tensors_are_refused(fitted: Mlp) -> None:
         Mlp.from_state({**state, "hidden": state["hidden"].T.contiguous()}, MODULES)
     with pytest.raises(RouterError, match="do not fit 3 modules"):
         Mlp.from_state({**state, "center": torch.tensor(1.0)}, MODULES)
-    for name in ("hidden", "calibration", "temperature"):
-        with pytest.raises(RouterError, match="NaN or inf"):
+    damaged = {"hidden": "NaN or inf", "calibration": "is damaged", "temperature": "is damaged"}
+    for name, message in damaged.items():
+        with pytest.raises(RouterError, match=message):
             Mlp.from_state({**state, name: state[name] * torch.nan}, MODULES)
 
 

@@ -48,7 +48,7 @@ def test_scores_are_half_negative_squared_mahalanobis_distances() -> None:
     for k, name in enumerate(MODULES):
         difference = scaled[7] - means[k]
         square = difference @ torch.linalg.solve(covariance, difference) - too_far
-        expected = -0.5 * float(square) / scorer.temperature
+        expected = -0.5 * float(square) / scorer.calibration.temperature
         assert scorer.score(features[7]).logits[name] == pytest.approx(expected, rel=1e-6)
 
 
@@ -60,12 +60,12 @@ def test_prompts_of_no_module_have_means_of_their_own_and_are_told_by_log_odds()
         scores = scorer.score(x)
         assert scores.none is not None
         assert scores.distance is not None
-        odds = (scores.none - max(scores.logits.values())) * scorer.temperature
+        odds = (scores.none - max(scores.logits.values())) * scorer.calibration.temperature
         assert scores.distance == pytest.approx(odds, rel=1e-9)
     assert all((scorer.score(x).distance or 0) > 0 for x in draw_none(40, seed=3))
     assert all((scorer.score(x).distance or 0) < 0 for x in draw(30, seed=3)[0])
-    assert min(scorer.calibration) >= 0
-    assert list(scorer.calibration) == sorted(scorer.calibration)
+    assert min(scorer.calibration.distances) >= 0
+    assert list(scorer.calibration.distances) == sorted(scorer.calibration.distances)
 
 
 def test_without_prompts_of_no_module_nothing_is_said_of_them() -> None:
@@ -198,12 +198,12 @@ def test_fresh_prompts_go_to_their_module_and_are_rejected_at_the_calibrated_rat
         max(s.logits, key=lambda m: s.logits[m]) == y for s, y in zip(scores, labels, strict=True)
     ]
     assert sum(right) / len(right) > 0.99
-    threshold = scorer.calibration[int(len(scorer.calibration) * 0.95)]
+    threshold = scorer.calibration.distances[int(len(scorer.calibration.distances) * 0.95)]
     rejected = [s.distance is not None and s.distance > threshold for s in scores]
     assert 0.02 < sum(rejected) / len(rejected) < 0.09
     far = scorer.score(torch.full((8,), 100.0))
     assert far.distance is not None
-    assert far.distance > scorer.calibration[-1]
+    assert far.distance > scorer.calibration.distances[-1]
 
 
 def test_more_dimensions_than_prompts_work() -> None:
@@ -219,7 +219,7 @@ def test_more_dimensions_than_prompts_work() -> None:
 def test_the_fit_does_not_depend_on_chance() -> None:
     features, labels = draw(30, seed=3)
     first, second = (Prototype.fit(features, labels, modules=MODULES) for _ in range(2))
-    assert first.calibration == second.calibration
+    assert first.calibration.distances == second.calibration.distances
     assert torch.equal(first.means, second.means)
 
 
@@ -235,7 +235,7 @@ def test_calibration_is_measured_on_prompts_that_were_held_out() -> None:
     features, labels = draw(10, seed=4)
     scorer = Prototype.fit(features, labels, modules=MODULES)
     in_sample = sorted(s for x in features if (s := scorer.score(x).distance) is not None)
-    assert sum(scorer.calibration) > 1.2 * sum(in_sample)
+    assert sum(scorer.calibration.distances) > 1.2 * sum(in_sample)
 
 
 def test_distances_stay_exact_far_from_the_origin_with_many_modules() -> None:
