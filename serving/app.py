@@ -21,13 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..adapters.errors import MergerouteError
+from .context import Context
 from .errors import CLIENT_CLOSED, ApiError, describe, error_body, retry_headers
-from .hot_routes import add_module_routes
-from .metrics import Metrics, Stopwatch
+from .modules.routes import add_module_routes
 from .responses import ChatShape, CompletionShape, Progress, blend_text
 from .schemas import ChatRequest, CompletionRequest, GenerationBody
 from .service import Assignment, Choice, Service
 from .streaming import collect, server_sent_events
+from .telemetry.metrics import Metrics, Stopwatch
 from .validation import read_json, validate
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ def create_app(service: Service) -> FastAPI:
     async def route(request: Request) -> dict[str, Any]:
         document = await read_json(request)
         if "messages" in document:
-            return await service.preview(validate(document, ChatRequest), request.headers)
-        return await service.preview(validate(document, CompletionRequest), request.headers)
+            return await service.preview(validate(document, ChatRequest), context_of(request))
+        return await service.preview(validate(document, CompletionRequest), context_of(request))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -103,7 +104,7 @@ async def _answer(
 ) -> Response:
     """Assign, submit, and answer whole or as a stream."""
     stopwatch = Stopwatch(metrics)
-    choices = await service.start(body, request.headers)
+    choices = await service.start(body, context_of(request))
     assignments = list({id(c.assignment): c.assignment for c in choices}.values())
     headers = _headers(assignments)
     metrics.decided(assignments)
@@ -163,6 +164,11 @@ async def _unless_disconnected(request: Request, work: Awaitable[None]) -> None:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def context_of(request: Request) -> Context:
+    """What comes with a request beside its body."""
+    return Context(request.headers, request_id=request.state.request_id)
 
 
 def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:

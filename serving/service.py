@@ -17,15 +17,15 @@ from ..routers.router import token_decision
 from ..runtime.engine import Generation
 from ..runtime.types import GenerationRequest
 from .chat import Prompt, chat_prompt, text_prompt
+from .context import NO_CONTEXT, Context
 from .errors import ApiError
 from .hosting import HostedBank
-from .hot_modules import Change, load, unload
+from .modules.changes import Change, load, unload
 from .schemas import ChatRequest, GenerationBody, LoadModuleRequest, UnloadModuleRequest
 from .sessions import SessionKey, Sessions, conversation_of, labels_of
 from .targets import Target, Targets
 
 _Result = TypeVar("_Result")
-_NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,20 @@ class Service:
         """The banks that answer now."""
         return self.targets.hosted
 
-    async def assign(
-        self, body: GenerationBody, headers: Mapping[str, str] = _NO_HEADERS
-    ) -> list[Assignment]:
+    async def assign(self, body: GenerationBody, context: Context = NO_CONTEXT) -> list[Assignment]:
         """Decide for every prompt of a body what serves it; off the event loop, since routing runs
-        a part of the backbone. headers: the request's.
+        a part of the backbone.
 
         Raises:
             MergerouteError: the target, the blend, the routing or the prompt is at fault.
         """
 
         async def attempt(targets: Targets) -> list[Assignment]:
-            return await asyncio.to_thread(self._assign, body, headers, targets)
+            return await asyncio.to_thread(self._assign, body, context, targets)
 
         return await self._settled(attempt)
 
-    async def start(
-        self, body: GenerationBody, headers: Mapping[str, str] = _NO_HEADERS
-    ) -> list[Choice]:
+    async def start(self, body: GenerationBody, context: Context = NO_CONTEXT) -> list[Choice]:
         """Assign a body's prompts, start all their choices, and remember what was decided.
 
         Raises:
@@ -117,7 +113,7 @@ class Service:
         """
 
         async def attempt(targets: Targets) -> list[Choice]:
-            assignments = await asyncio.to_thread(self._assign, body, headers, targets)
+            assignments = await asyncio.to_thread(self._assign, body, context, targets)
             return self.submit(body, assignments)
 
         choices = await self._settled(attempt)
@@ -136,15 +132,13 @@ class Service:
                 if targets is self.targets:
                     raise
 
-    def _assign(
-        self, body: GenerationBody, headers: Mapping[str, str], targets: Targets
-    ) -> list[Assignment]:
+    def _assign(self, body: GenerationBody, context: Context, targets: Targets) -> list[Assignment]:
         target = _target(body, targets)
         prompts = _prompts(body, target.hosted.tokenizer)
         for prompt in prompts:
             _check(body, prompt, target.hosted)
-        session = self._session(body, headers, target, prompts)
-        labels = labels_of(body, headers)
+        session = self._session(body, context.headers, target, prompts)
+        labels = labels_of(body, context.headers)
         return [
             Assignment(target, prompt, self._decide(body, target, prompt, labels, session), session)
             for prompt in prompts
@@ -210,15 +204,13 @@ class Service:
             raise
         return choices
 
-    async def preview(
-        self, body: GenerationBody, headers: Mapping[str, str] = _NO_HEADERS
-    ) -> dict[str, Any]:
+    async def preview(self, body: GenerationBody, context: Context = NO_CONTEXT) -> dict[str, Any]:
         """What `body` would be served by: the response of /v1/route. Nothing is remembered.
 
         Raises:
             MergerouteError: as serving would.
         """
-        assignments = await self.assign(body, headers)
+        assignments = await self.assign(body, context)
         if len(assignments) > 1:
             raise ApiError("a preview takes one prompt at a time", param="prompt")
         return _route_object(assignments[0])

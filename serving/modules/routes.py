@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 
-from .schemas import LoadModuleRequest, UnloadModuleRequest
-from .service import Service
-from .validation import read_json, validate
+from ..schemas import LoadModuleRequest, UnloadModuleRequest
+from ..service import Service
+from ..validation import read_json, validate
 
 
 def add_module_routes(app: FastAPI, service: Service) -> None:

@@ -20,8 +20,8 @@ from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service, ServiceOptions
 
-from ..tiny import make_model, make_module, make_tokenizer, reference_tokens
-from .conftest import chat_ids, running, write_routed_bank
+from ...tiny import make_model, make_module, make_tokenizer, reference_tokens
+from ..conftest import chat_ids, running, write_routed_bank
 
 SAMPLES = [f"please sing song {k}" for k in range(10, 30, 2)]
 UPPER, DIGIT, SING = "shout the word 7", "0 1 2 3 4 5", "please sing song 21"

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.bank import BankModule
-from ..adapters.errors import BankError, ModuleError, RequestError, RouterError, UnknownTargetError
-from ..adapters.manifest import check_name
-from ..routers.base import Card, Query
-from ..runtime.types import GenerationRequest
-from .chat import user_prompt
-from .errors import ApiError
-from .hosting import HostedBank
-from .module_paths import module_folder
-from .schemas import LoadModuleRequest, UnloadModuleRequest
-from .targets import Targets
+from ...adapters.bank import BankModule
+from ...adapters.errors import BankError, ModuleError, RequestError, RouterError, UnknownTargetError
+from ...adapters.manifest import check_name
+from ...routers.base import Card, Query
+from ...runtime.types import GenerationRequest
+from ..chat import user_prompt
+from ..errors import ApiError
+from ..hosting import HostedBank
+from ..schemas import LoadModuleRequest, UnloadModuleRequest
+from ..targets import Targets
+from .paths import module_folder
 
 _INVALID = "invalid_lora_adapter"
 

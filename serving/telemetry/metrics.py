@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from .hosting import HostedBank
-from .responses import Progress
-from .service import Assignment
+from ..hosting import HostedBank
+from ..responses import Progress
+from ..service import Assignment
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _COUNTERS = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..adapters.module_files import (
+from ...adapters.module_files import (
     CONFIG_FILE,
     GATES_FILE,
     INT8_FILE,
     VECTORS_FILE,
     WEIGHTS_FILE,
 )
-from .errors import ApiError
+from ..errors import ApiError
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, INT8_FILE, VECTORS_FILE, GATES_FILE)
 _SHOWN = 200

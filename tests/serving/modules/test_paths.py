@@ -9,9 +9,9 @@ import pytest
 
 from mergeroute.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
 from mergeroute.serving.errors import ApiError
-from mergeroute.serving.module_paths import module_folder
+from mergeroute.serving.modules.paths import module_folder
 
-from ..tiny import make_model, make_module
+from ...tiny import make_model, make_module
 
 
 @pytest.fixture

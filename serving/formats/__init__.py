@@ -1,0 +1,1 @@
+"""Forms of answers that a client asks for: JSON, tool calls."""
