@@ -32,7 +32,7 @@ from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.lora import Module
 from mergeroute.routers.token_routing import TokenRouting
 from mergeroute.runtime.blended import BlendedLinear
-from mergeroute.runtime.directions import gate_table, module_directions
+from mergeroute.runtime.directions import GateTables
 from mergeroute.runtime.gating import GateTable, running_means
 from mergeroute.runtime.module_stack import ResidentModule
 from mergeroute.runtime.torch_engine import TorchEngine
@@ -133,11 +133,11 @@ def table_of(zoo: Zoo, row: str) -> GateTable:
     """What a row's gate knows of the modules."""
     gate = TokenGate(ROUTINGS[row], tuple(zoo.digests.values()))
     names = {digest: name for name, digest in zoo.digests.items()}
-    residents = [
-        ResidentModule(names[d], d, zoo.modules[names[d]].deltas, zoo.modules[names[d]].gates)
+    residents = {
+        d: ResidentModule(names[d], d, zoo.modules[names[d]].deltas, zoo.modules[names[d]].gates)
         for d in gate.modules
-    ]
-    return gate_table(gate, [module_directions(one, gate.routing) for one in residents])
+    }
+    return GateTables(residents.__getitem__, device=torch.device("cpu")).table(gate)
 
 
 @contextmanager

@@ -149,6 +149,8 @@ class Decision:
     basis: by what modules are known that the scorer was not fitted on.
     token_routing: the layers choose for every token; the blend is empty.
     is_certain: a rule or a fixed blend decided; nothing was weighed.
+    strays: turns in a row, this one the last, that were no module's in a conversation that kept its
+    blend.
     milliseconds: time the decision took.
     """
 
@@ -164,6 +166,7 @@ class Decision:
     basis: Mapping[str, str] = field(default_factory=dict)
     token_routing: TokenRouting | None = None
     is_certain: bool = False
+    strays: int = 0
     milliseconds: float = 0.0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -19,15 +20,18 @@ by half of that at a time: were it another one with every turn, so might be the 
 class Stickiness:
     """When a conversation gives up its blend.
 
-    mode: `sticky`: when another module is clearly better; `each-turn`: the last turn alone decides.
-    margin: the share by which the other module must exceed the current one, in [0, 1]; 1: never.
+    mode: `sticky`: when another module, or the backbone, is clearly better; `each-turn`: the last
+    turn alone decides. margin: the share by which it must exceed the current one, in [0, 1]; 1:
+    never. patience: on how many turns in a row the backbone must be better, at least 1: a turn that
+    leans on the one before it ("and 15?", "thanks") looks like no module's.
 
     Raises:
-        RouterError: another mode, or a margin out of range.
+        RouterError: another mode, or a margin or a patience out of range.
     """
 
     mode: str = "sticky"
     margin: float = 0.5
+    patience: int = 2
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -36,6 +40,8 @@ class Stickiness:
             raise RouterError(
                 f"conversation margin {self.margin:g} is out of range: 0 to 1 is allowed"
             )
+        if self.patience < 1:
+            raise RouterError(f"conversation patience {self.patience} is too small: 1 turn or more")
 
 
 def route_conversation(
@@ -58,7 +64,7 @@ def route_conversation(
     count = len(query.turns)
     decision = before
     for turn in range(_first_turn(count) if before is None else count, count + 1):
-        decision = _next(decision, router.route(query.up_to(turn)), router, stickiness.margin)
+        decision = _next(decision, router.route(query.up_to(turn)), router, stickiness)
     assert decision is not None  # a query has at least one turn
     return replace(decision, milliseconds=(time.perf_counter() - started) * 1000)
 
@@ -69,15 +75,21 @@ def _first_turn(count: int) -> int:
     return max(0, -(-(count - MOST_TURNS) // stride)) * stride + 1
 
 
-def _next(current: Decision | None, new: Decision, router: Router, margin: float) -> Decision:
+def _next(
+    current: Decision | None, new: Decision, router: Router, stickiness: Stickiness
+) -> Decision:
     """The decision after one turn more."""
     if current is None or not _may_stay(current, new, router) or current.blend == new.blend:
         return new
-    lead = _lead(current, new)
-    if lead > margin:
-        moved = f"the conversation leaves {_named(current)}: {new.best} leads by {lead:.3f}"
+    own = _share(current.best, new)
+    lead = _share(new.best, new) - own
+    strays = current.strays + 1 if new.best is None else 0
+    if lead > stickiness.margin and (new.best is not None or strays >= stickiness.patience):
+        leads = f"{new.best or 'the backbone'} leads by {lead:.3f}"
+        moved = f"the conversation leaves {_named(current)}: {leads}"
         return replace(new, reason=f"{new.reason}; {moved}")
-    return replace(new, blend=current.blend, reason=_kept_reason(current, new, margin))
+    reason = _kept_reason(current, new, lead, stickiness)
+    return replace(new, blend=current.blend, confidence=own, strays=strays, reason=reason)
 
 
 def _may_stay(current: Decision, new: Decision, router: Router) -> bool:
@@ -87,21 +99,26 @@ def _may_stay(current: Decision, new: Decision, router: Router) -> bool:
     return set(current.blend) <= set(router.modules)
 
 
-def _lead(current: Decision, new: Decision) -> float:
-    """By how much the new best module's share exceeds that of the current one; 0 for the same."""
-    if new.best is None:
-        return 0.0
-    return new.scores.get(new.best, 0.0) - new.scores.get(current.best or "", 0.0)
+def _share(module: str | None, turn: Decision) -> float:
+    """Of a module on a turn; None: of the backbone, what the modules' shares leave. They leave
+    nothing where the scorer knows no prompts that no module serves, or has no opinion."""
+    if module is not None:
+        return turn.scores.get(module, 0.0)
+    return max(0.0, 1 - math.fsum(turn.scores.values())) if turn.scores else 0.0
 
 
-def _kept_reason(current: Decision, new: Decision, margin: float) -> str:
+def _kept_reason(current: Decision, new: Decision, lead: float, stickiness: Stickiness) -> str:
+    leads = f"leads by {lead:.3f}" if lead > 0 else "does not lead"
+    leads += " only" * (0 < lead <= stickiness.margin)
     if new.best is None:
-        why = f"this turn names no module ({new.reason})"
+        why = f"this turn names no module ({new.reason}), and the backbone {leads}"
     elif new.best == current.best:
         why = f"{new.best} is still best"
     else:
-        why = f"{new.best} leads by {_lead(current, new):.3f} only"
-    rule = f"another module must lead by more than {margin:g} to move it"
+        why = f"{new.best} {leads}"
+    rule = f"another must lead by more than {stickiness.margin:g} to move it"
+    if new.best is None:
+        rule += f", the backbone on {stickiness.patience} turns in a row"
     return f"the conversation keeps {_named(current)}: {why}; {rule}"
 
 

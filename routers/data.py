@@ -27,8 +27,9 @@ class Example(BaseModel):
     """A prompt with the module that serves it and the right answer, where they are known.
 
     task: name of a module; None: the prompt is no module's, or it is not said.
-    messages: the conversation up to the answer. A line may give `prompt`, one user message,
-    instead; one that ends with the assistant's message and has no `answer` ends with the answer.
+    messages: the conversation up to the answer, at least one of them a user's. A line may give
+    `prompt`, one user message, instead; one that ends with the assistant's message and has no
+    `answer` ends with the answer.
     options: the answers to choose from, where there is a choice; the answer is one of them.
     Other keys of a line are kept apart, as `unused`.
     """
@@ -36,7 +37,7 @@ class Example(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     task: str | None = Field(None, min_length=1)
-    messages: tuple[Message, ...] = Field(min_length=1)
+    messages: tuple[Message, ...]
     answer: str | None = None
     options: tuple[str, ...] | None = Field(None, min_length=2)
     _where: str = PrivateAttr("")
@@ -69,6 +70,12 @@ class Example(BaseModel):
         return {**line, "messages": messages[:-1], "answer": last.get("content")}
 
     @model_validator(mode="after")
+    def _a_user_speaks(self) -> Example:
+        if not self.user_turns:
+            raise ValueError("messages hold none of a user's: give at least one")
+        return self
+
+    @model_validator(mode="after")
     def _options_hold_the_answer(self) -> Example:
         options = self.options or ()
         if options and self.answer not in options:
@@ -79,9 +86,13 @@ class Example(BaseModel):
 
     @property
     def prompt(self) -> str:
-        """What the user wrote last, else the last message: what a router looks at."""
-        users = [message.content for message in self.messages if message.role == "user"]
-        return users[-1] if users else self.messages[-1].content
+        """What the user wrote last: what a router looks at."""
+        return self.user_turns[-1]
+
+    @property
+    def user_turns(self) -> tuple[str, ...]:
+        """What the user wrote, in order."""
+        return tuple(message.content for message in self.messages if message.role == "user")
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -106,7 +117,9 @@ class Example(BaseModel):
             DataError: it is none; the message begins with `where`.
         """
         try:
-            example = cls.model_validate_json(line)
+            example = cls.model_validate_json(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: the file is not UTF-8: convert it") from error
         except ValidationError as error:
             raise DataError(f"{where}: {_explained(error)}") from error
         example._where = where
@@ -127,11 +140,17 @@ def read_examples(path: Path, *, needs: Sequence[Need] = ()) -> list[Example]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise DataError(f"{path} holds no examples: give JSON lines with prompt, answer and task")
+        raise DataError(f"{path} holds no examples: give JSON lines, {_form(needs)}")
     examples = [Example.parse(line, where=f"{path}, line {number}") for number, line in numbered]
     for example in examples:
         _check_needs(example, needs)
     return examples
+
+
+def _form(needs: Sequence[Need]) -> str:
+    """What a line looks like."""
+    keys = [key for key in ("task", "prompt", "answer") if key == "prompt" or key in needs]
+    return "{" + ", ".join(f'"{key}": ...' for key in keys) + "}"
 
 
 def _check_needs(example: Example, needs: Sequence[Need]) -> None:
@@ -152,6 +171,8 @@ def _explained(error: ValidationError) -> str:
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"{where} is missing"
+    if first["type"] == "too_short":
+        message = f"give at least {first['ctx']['min_length']}"
     value = repr(first["input"])
     value = value if len(value) <= _SHOWN else value[:_SHOWN] + "…"
     return f"{where} is {value}: {message}"

@@ -14,13 +14,28 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..adapters.backbone import locate
+from ..adapters.backbone import checkpoint_files, locate
+from ..adapters.digest import file_digest, json_digest
 from ..adapters.errors import BackboneError, RouterError
 from .base import Query
 
 _MODULES_FILE = "modules.json"
+_PACKAGE = "sentence_transformers"
+_PARTS = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "StaticEmbedding")
+"""What a model may be made of: the class of a part is imported, and read, by its name."""
 _MOST_CHARACTERS = 32768
 """Of a longer text only the beginning is read: no model's window holds more."""
+_DAMAGES = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+"""What loading a damaged model raises, by the file that is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +57,8 @@ class SentenceEmbedding:
     _lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_encoder", _load(_folder(self.model)))
+        folder, _ = _located(self.model)
+        object.__setattr__(self, "_encoder", _load(folder))
 
     def read(self, queries: Sequence[Query]) -> Tensor:
         """The last turns' vectors, [n, d]; in a batch the last digits may differ."""
@@ -54,25 +70,56 @@ class SentenceEmbedding:
         return torch.from_numpy(vectors).float()
 
 
+def digest_of(model: str) -> str:
+    """Content digest of what is read of a model: weights, settings and tokenizer.
+
+    model: as for `SentenceEmbedding`.
+
+    Raises:
+        RouterError: there is no such model, or it cannot be loaded safely.
+    """
+    folder, parts = _located(model)
+    files = {file for part in (folder, *parts) for file in checkpoint_files(part)}
+    return json_digest({file.relative_to(folder).as_posix(): file_digest(file) for file in files})
+
+
 def _readable(text: str) -> str:
     """The beginning, without lone surrogates, which JSON may hold and UTF-8 may not."""
     return text[:_MOST_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-def _folder(model: str) -> Path:
-    """Where the model lies, with every part in safetensors."""
+def _located(model: str) -> tuple[Path, list[Path]]:
+    """The folder of a model, and those of its parts; nothing that may run code is among them."""
     try:
         folder = locate(model)
-        parts = [folder / part["path"] for part in json.loads((folder / _MODULES_FILE).read_text())]
-    except (BackboneError, OSError, ValueError, KeyError, TypeError) as error:
+        stated = json.loads((folder / _MODULES_FILE).read_text("utf-8"))
+        kinds = [str(part["type"]) for part in stated]
+        parts = [(folder / part["path"]).resolve() for part in stated]
+    except (BackboneError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RouterError(f"{model!r} is no sentence-transformers model: {error}") from error
-    for part in parts:
-        if any(part.glob("*.bin")) and not any(part.glob("*.safetensors")):
-            raise RouterError(
-                f"{part} holds weights as a pickle, which can run code: "
-                "convert them to safetensors, or choose another model"
-            )
-    return folder
+    for kind, part in zip(kinds, parts, strict=True):
+        _check_kind(folder, kind)
+        _check_files(folder, part)
+    return folder, parts
+
+
+def _check_kind(folder: Path, kind: str) -> None:
+    if not kind.startswith(f"{_PACKAGE}.") or kind.rpartition(".")[2] not in _PARTS:
+        raise RouterError(
+            f"{folder} has a part of class {kind!r}, and would run what is found by that name: "
+            f"{', '.join(_PARTS)} of {_PACKAGE} are allowed; choose another model"
+        )
+
+
+def _check_files(folder: Path, part: Path) -> None:
+    if not part.is_relative_to(folder):
+        raise RouterError(f"{folder} has a part outside of it, {part}: choose another model")
+    spare = "pytorch_model.bin" if (part / "model.safetensors").is_file() else ""
+    if any(file.name != spare for file in part.glob("*.bin")):
+        raise RouterError(
+            f"{part} holds weights as a pickle, which can run code: "
+            "convert them to safetensors, or choose another model"
+        )
 
 
 def _load(folder: Path) -> Any:  # noqa: ANN401
@@ -91,5 +138,5 @@ def _load(folder: Path) -> Any:  # noqa: ANN401
             local_files_only=True,
             model_kwargs={"use_safetensors": True},
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except _DAMAGES as error:
         raise RouterError(f"{folder} cannot be loaded: {error}") from error

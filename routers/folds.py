@@ -40,7 +40,7 @@ def targets_of(labels: Sequence[str], modules: Sequence[str], *, none: int = 0) 
     if 0 < none < _FEWEST_OF_NONE:
         raise RouterError(
             f"{none} prompts that no module serves were given, at least {_FEWEST_OF_NONE} are "
-            "needed, and some hundred different ones are better: give more, or none"
+            "needed, and some hundred different ones are better: give more, or leave them out"
         )
     return torch.cat([targets, torch.full((none,), len(modules))])
 
@@ -55,7 +55,8 @@ def calibrate(
     prompts that no module serves. Where there are such, a distance is the log odds of them: it is
     raised to 0, since nothing is unlike the modules' prompts that fits one better than any other
     prompts, and lowered to where a tenth of those lie, since few prompts cannot tell how far their
-    module reaches.
+    module reaches. Raised, fewer of the modules' prompts are given up than the rate that a policy
+    states; lowered, it may be more: where modules and none overlap, the rate is no bound.
     """
     logits, distances = _held_out(score, targets)
     is_own = targets < modules

@@ -163,7 +163,8 @@ class Mlp:
         """Undo `state`.
 
         Raises:
-            RouterError: tensors are missing, not finite or do not belong together.
+            RouterError: tensors are missing, of another dtype, not finite, or do not belong
+                together.
         """
         try:
             network = Network(**{name: state[name] for name in Network.__dataclass_fields__})
@@ -182,8 +183,12 @@ def _check(network: Network, modules: int) -> None:
         raise RouterError(
             f"the mlp router's shapes {shapes} do not fit {modules} modules: fit it again"
         )
-    if not all(map(_is_finite, vars(network).values())):
-        raise RouterError("the mlp router holds NaN or inf: fit it again")
+    if dtypes := {tensor.dtype for tensor in vars(network).values()} - {torch.float32}:
+        raise RouterError(
+            f"the mlp router holds {dtypes.pop()}, torch.float32 is allowed: fit it again"
+        )
+    if not (all(map(_is_finite, vars(network).values())) and bool((network.scale > 0).all())):
+        raise RouterError("the mlp router holds NaN or inf, or a scale of 0: fit it again")
 
 
 def _is_finite(tensor: Tensor) -> bool:

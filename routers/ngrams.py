@@ -1,4 +1,4 @@
-"""What a prompt's text says, without a model: hashed character n-grams."""
+"""What a prompt's text says, without a model: hashed n-grams of bytes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _MOST_CHARACTERS = 1024
 
 @dataclass(frozen=True)
 class Ngrams:
-    """Counts of a text's character n-grams, hashed into a vector of length 1.
+    """Counts of a text's runs of two and three bytes, hashed into a vector of length 1.
 
-    Letter case and the values of digits do not count, so that prompts which differ in their input
-    look alike. Hidden states tell what is asked for; n-grams tell a prompt of another task that
-    happens to look alike there.
+    The text is in UTF-8, with a space before and after it: a byte is a character in English, and
+    elsewhere a part of one. Letter case and the values of digits do not count, so that prompts
+    which differ in their input look alike. Hidden states tell what is asked for; n-grams tell a
+    prompt of another task that happens to look alike there.
 
     size: of the vector, at least 1.
 
@@ -43,7 +44,7 @@ class Ngrams:
             raise RouterError(f"ngrams {self.size} is out of range: a size of at least 1")
 
     def read(self, queries: Sequence[Query]) -> Tensor:
-        """The last turns' vectors, [n, size]; a text without characters gives zeros."""
+        """The last turns' vectors, [n, size]; zeros where hashes of opposite signs cancel out."""
         return torch.stack([self._vector(query.text) for query in queries])
 
     def _vector(self, text: str) -> Tensor:

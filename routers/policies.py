@@ -58,9 +58,6 @@ class Policy:
             raise RouterError(f"policy {text!r} needs one softmax, and as its first step")
         return cls(steps)
 
-    def __or__(self, other: Policy) -> Policy:
-        return Policy(self.steps + other.steps)
-
     def __str__(self) -> str:
         return " | ".join(map(_step_text, self.steps))
 

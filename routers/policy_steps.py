@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from fractions import Fraction
 from typing import Protocol
 
 from ..adapters.blend import MAX_WEIGHT, UNITS, Blend
@@ -192,9 +193,10 @@ class Threshold:
 class Abstain:
     """Leave the prompt to the backbone when it is farther away than the modules' own prompts are.
 
-    rate: share of the modules' own prompts that is given up at most, in (0, 1). The threshold is
-    the ceil(n * (1 - rate))-th smallest of the scorer's n held-out distances; with fewer than
-    1 / rate of them, it is the largest: never infinite, so that what is far away abstains always.
+    rate: share of the modules' own prompts that is given up at most, in expectation, in (0, 1). The
+    threshold is the conformal quantile: the ceil((n + 1) * (1 - rate))-th smallest of the scorer's
+    n held-out distances. Where n + 1 is below 1 / rate, it is the largest: never infinite, so that
+    what is far away abstains always; up to 1 / (n + 1) may be given up then.
 
     Source: Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World, section 2.2.
     """
@@ -216,8 +218,9 @@ class Abstain:
                 f"abstain({self.rate:g}) needs a scorer that measures distances and was "
                 "calibrated: fit a prototype router, or leave abstain out of the policy"
             )
-        kept = math.ceil(len(scores.calibration) * (1 - self.rate))
-        threshold = scores.calibration[kept - 1]
+        count = len(scores.calibration)
+        kept = math.ceil((count + 1) * (1 - Fraction(str(self.rate))))  # the rate as it is written
+        threshold = scores.calibration[min(count, kept) - 1]
         if scores.distance <= threshold:
             return replace(weighing, threshold=threshold)
         reason = (

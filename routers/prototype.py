@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from scipy.cluster.vq import kmeans2
+from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor
 
 from ..adapters.errors import RouterError
@@ -21,8 +21,11 @@ _TENSORS = ("means", "owners", "bias", "allowance", "spread", "center", "whiteni
 _FEWEST_FOR_ALLOWANCE = 3
 _DEVIATIONS = 3.0
 _ROWS_AT_ONCE = 32
-_SMALLEST_SCALE = 0.01
-"""Of a feature, as a share of the mean: one that is always the same says nothing about others."""
+_ROUNDING = 1e-6
+"""A feature that varies by less, beside its own magnitude, is always the same but for rounding."""
+
+_RARE_PROMPTS = 3
+"""In how many more prompts a feature is taken to have been at its farthest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +194,8 @@ class Prototype:
         """Undo `state`.
 
         Raises:
-            RouterError: tensors are missing or their shapes do not belong together.
+            RouterError: tensors are missing, of another dtype, not finite, or do not belong
+                together.
         """
         try:
             tensors = {key: state[key] for key in _TENSORS}
@@ -213,7 +217,13 @@ class Prototype:
 
 
 def _check_state(tensors: Mapping[str, Tensor], modules: int) -> None:
-    count, size = tensors["means"].shape
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    if dtypes.pop("owners") != torch.int64 or set(dtypes.values()) - {torch.float32, torch.float64}:
+        raise RouterError(
+            "the prototype router's tensors are of other dtypes than int64 for owners and float32 "
+            "or float64 for the rest: fit it again"
+        )
+    count, size = tensors["bias"].numel(), tensors["center"].numel()
     expected = {
         "means": (count, size),
         "owners": (count,),
@@ -238,8 +248,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _fit(rows: Tensor, targets: Tensor, modules: Sequence[str], centroids: int) -> Prototype:
     """Means and whitening, not calibrated yet; the class after the modules is none."""
-    center, scale = rows.mean(0), rows.std(0)
-    scale = scale.clamp_min(_SMALLEST_SCALE * float(scale.mean()) or 1.0)
+    center, (scale, rare) = rows.mean(0), _scale(rows)
     scaled = (rows - center) / scale
     none = scaled[targets == len(modules)]
     clusters = [
@@ -251,7 +260,7 @@ def _fit(rows: Tensor, targets: Tensor, modules: Sequence[str], centroids: int) 
     clusters += [(_NONE, group) for group in _clusters(none, wanted)]
     means = torch.stack([group.mean(0) for _, group in clusters])
     residuals = torch.cat([group - group.mean(0) for _, group in clusters])
-    whitening = _whitening(ledoit_wolf(residuals))
+    whitening = _whitening(ledoit_wolf(residuals) + rare.diag())
     spread = (residuals @ whitening).square().sum() / max(1, len(residuals) - len(clusters))
     sizes = torch.tensor([len(group) for _, group in clusters])
     return Prototype(
@@ -266,15 +275,34 @@ def _fit(rows: Tensor, targets: Tensor, modules: Sequence[str], centroids: int) 
     )
 
 
+def _scale(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What each feature of rows [n, d] is divided by, and what its variance then lacks to 1, [d].
+
+    Each is taken by itself, whatever its unit: by its standard deviation as if it had been at its
+    farthest in some prompts more. A feature that one prompt in a thousand has would otherwise lie
+    thirty deviations out in the next prompt that has it, and decide alone. A feature that is always
+    the same says nothing about others: it is divided by infinity.
+    """
+    deviations = rows - rows.mean(0)
+    farthest = deviations.abs().amax(0)
+    rare = _RARE_PROMPTS * farthest.square() / (len(rows) - 1)
+    variance = deviations.square().sum(0) / (len(rows) - 1) + rare
+    varies = farthest > _ROUNDING * rows.abs().amax(0)
+    return variance.sqrt().where(varies, torch.inf), (rare / variance).where(varies, 0.0)
+
+
 def _clusters(rows: Tensor, count: int) -> list[Tensor]:
     """Rows [n, d] in at most `count` groups that are not empty, at least two rows to each mean on
-    average; the same every time."""
-    count = min(count, len(rows) // 2 or len(rows))
-    if count <= 1:
-        return [rows] if len(rows) else []
-    _, labels = kmeans2(rows.numpy(), count, minit="++", seed=0, iter=50, missing="warn")
-    groups = torch.from_numpy(labels)
-    return [rows[groups == k] for k in groups.unique()]  # type: ignore[no-untyped-call]
+    average, and no more than there are different rows; the same every time."""
+    different = len(rows.unique(dim=0))  # type: ignore[no-untyped-call]
+    for number in range(min(count, len(rows) // 2, different), 1, -1):
+        try:
+            _, labels = kmeans2(rows.numpy(), number, minit="++", seed=0, iter=50, missing="raise")
+        except ClusterError:  # a group lost all its rows to others
+            continue
+        groups = torch.from_numpy(labels)
+        return [rows[groups == k] for k in range(number)]
+    return [rows] if len(rows) else []
 
 
 def _whitening(covariance: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,17 @@ from .entries import BY_DESCRIPTION, Entry, handicap_of_descriptions
 
 _TEMPERATURE = 0.01
 """The sharpest there is, and what a retriever has that nothing can be learned from."""
+
+_FLOATS = (torch.float32, torch.float64)
+_KINDS = {
+    "vectors": ((torch.float32,), 2),
+    "counts": ((torch.int64,), 1),
+    "described": ((torch.bool,), 1),
+    "left_out": (_FLOATS, 1),
+    "handicaps": (_FLOATS, 1),
+    "scale": (_FLOATS, 1),
+}
+"""Dtypes and number of dimensions of what is saved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,31 +160,26 @@ class Retriever:
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Any], modules: Sequence[str], *, signal: Signal
+        cls, state: Mapping[str, Tensor], modules: Sequence[str], *, signal: Signal
     ) -> Retriever:
         """Undo `state`.
 
         Raises:
-            RouterError: tensors are missing, not finite or do not belong together.
+            RouterError: tensors are missing, of another dtype, not finite, or do not belong
+                together.
         """
-        try:
-            counts, described = state["counts"].tolist(), state["described"].tolist()
-            vectors = state["vectors"].split(counts)
-            left_out = state["left_out"].split([n if n > 1 else 0 for n in counts])
-            handicaps = state["handicaps"].tolist()
-            temperature, handicap = state["scale"].tolist()
-        except (KeyError, ValueError, RuntimeError) as error:
+        _check_kinds(state)
+        counts = state["counts"].tolist()
+        samples = [n if n > 1 else 0 for n in counts]
+        _check_lengths(state, counts, samples, modules=len(modules))
+        vectors = torch.split(state["vectors"], counts)
+        left_out = torch.split(state["left_out"], samples)
+        handicaps, described = state["handicaps"].tolist(), state["described"].tolist()
+        temperature, handicap = state["scale"].tolist()
+        if not (all(map(_is_finite, state.values())) and temperature > 0):
             raise RouterError(
-                f"the retriever's tensors are damaged ({error}): fit it again"
-            ) from error
-        lengths = {len(counts), len(described), len(handicaps), len(modules)}
-        if len(lengths) > 1 or min(counts, default=1) < 1:
-            raise RouterError(
-                f"the retriever knows {len(counts)} modules, not {len(modules)}: fit it again"
+                "the retriever holds NaN or inf, or a temperature of 0 or below: fit it again"
             )
-        tensors = (state[name] for name in ("vectors", "left_out", "handicaps", "scale"))
-        if not (all(bool(tensor.isfinite().all()) for tensor in tensors) and temperature > 0):
-            raise RouterError("the retriever holds NaN or inf: fit it again")
         entries = {
             name: Entry(
                 rows, tuple(own.tolist()), given, by_text, BY_DESCRIPTION if by_text else ""
@@ -184,6 +189,34 @@ class Retriever:
             )
         }
         return cls(signal, entries, temperature, handicap)
+
+
+def _check_kinds(state: Mapping[str, Tensor]) -> None:
+    for name, (dtypes, dimensions) in _KINDS.items():
+        tensor = state.get(name)
+        if tensor is None or tensor.dtype not in dtypes or tensor.ndim != dimensions:
+            found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise RouterError(
+                f"the retriever's tensors are damaged ({name} is {found}): fit it again"
+            )
+
+
+def _check_lengths(
+    state: Mapping[str, Tensor], counts: Sequence[int], samples: Sequence[int], *, modules: int
+) -> None:
+    known = {len(counts), len(state["described"]), len(state["handicaps"]), modules}
+    if len(known) > 1 or min(counts, default=1) < 1:
+        raise RouterError(f"the retriever knows {len(counts)} modules, not {modules}: fit it again")
+    expected = {"vectors": sum(counts), "left_out": sum(samples), "scale": 2}
+    found = {name: len(state[name]) for name in expected}
+    if found != expected:
+        raise RouterError(
+            f"the retriever's tensors are damaged (lengths {found}, not {expected}): fit it again"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _fitted_temperature(entries: Iterable[Entry]) -> float:

@@ -42,8 +42,10 @@ class Router(Protocol):
     def route_all(self, queries: Sequence[Query]) -> list[Decision]:
         """Decide many, reading them together: faster; the last digits of a score may differ."""
 
-    def with_module(self, card: Card) -> Router:
-        """This router and one module more; see `Scorer.with_module`."""
+    def with_module(self, card: Card, *, is_same: bool = False) -> Router:
+        """This router and one module more; see `Scorer.with_module`. What was learned of a module
+        that had the name before is forgotten, unless it is the same module by content and the
+        card has no samples."""
 
     def without_module(self, name: str) -> Router:
         """This router without a module; the scores of the others stay."""
@@ -84,23 +86,29 @@ class RequestRouter:
             signal.read(queries)
         return [self.route(query) for query in queries]
 
-    def with_module(self, card: Card) -> RequestRouter:
+    def with_module(self, card: Card, *, is_same: bool = False) -> RequestRouter:
         """See `Router.with_module`."""
         if card.name in self.renamed:
             raise RouterError(
                 f"the router knows {card.name!r} as folded into {self.renamed[card.name]!r}: "
                 "choose another name, or fit the router again"
             )
-        return replace(self, scorer=self.scorer.with_module(card))
+        scorer = self.scorer
+        for known in self._known_as(card.name) if card.samples or not is_same else ():
+            scorer = scorer.without_module(known).with_module(Card(known))  # rules still name it
+        return replace(self, scorer=scorer.with_module(card))
 
     def without_module(self, name: str) -> RequestRouter:
         """See `Router.without_module`; of a module that others were folded into, all of them go."""
         scorer = self.scorer
-        for known in self.scorer.modules:
-            if self.renamed.get(known, known) == name:
-                scorer = scorer.without_module(known)
+        for known in self._known_as(name):
+            scorer = scorer.without_module(known)
         renamed = {old: new for old, new in self.renamed.items() if new != name}
         return replace(self, scorer=scorer, renamed=renamed)
+
+    def _known_as(self, name: str) -> list[str]:
+        """What the scorer calls a module, or the modules that were folded into it."""
+        return [old for old in self.scorer.modules if self.renamed.get(old, old) == name]
 
     def _decide(self, scores: Scores | None) -> Decision:
         if scores is None or not scores.logits:
@@ -188,9 +196,9 @@ class TokenRouter:
         """The same decision for all."""
         return [self.route(query) for query in queries]
 
-    def with_module(self, card: Card) -> TokenRouter:
+    def with_module(self, card: Card, *, is_same: bool = False) -> TokenRouter:
         """Nothing to learn: the module's own directions speak for it."""
-        del card
+        del card, is_same
         return self
 
     def without_module(self, name: str) -> TokenRouter:

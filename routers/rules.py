@@ -13,6 +13,11 @@ from ..adapters.blend import Blend
 from ..adapters.errors import BlendError, RouterError
 from .base import Card, Query, Scores, Signal
 
+SECRET_HEADERS = frozenset(
+    ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key")
+)
+"""Names of headers that are never labels, so that no decision tells a secret."""
+
 Condition = Callable[[Query], str | None]
 """What of a query meets the condition, in words; None: nothing does."""
 
@@ -28,7 +33,7 @@ class Rule:
     whatever the pattern; it has no look-around and no back-references, and \\b, \\w, \\d and \\s
     know ASCII only (\\pL is any letter). `(?i)` in front ignores letter case.
     metadata, header: a value or several to choose from, by key of the request's metadata and by
-    name of its header (in any letter case); values are compared exactly.
+    name of its header (in any letter case; none of SECRET_HEADERS); values are compared exactly.
     """
 
     module: str | None
@@ -60,6 +65,8 @@ class Rule:
             conditions.append(_regex(self.regex))
         labels = {f"metadata {key}": (key, values) for key, values in self.metadata.items()}
         for name, values in self.header.items():
+            if name.lower() in SECRET_HEADERS:
+                raise RouterError(f"header {name.lower()} holds a secret, which no rule sees")
             labels[f"header {name.lower()}"] = (f"header:{name.lower()}", values)
         for shown, (key, values) in labels.items():
             conditions.append(_label(shown, key, _several(shown, values)))

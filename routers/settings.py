@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..adapters.manifest import check_name
+
+DEFAULT_WINDOW = 128
 DEFAULT_POLICY = "softmax | top_k(1) | abstain(0.002) | quantise"
 
 
@@ -25,7 +28,9 @@ class SignalSettings(_Strict):
         "last", description="of hidden states, over the prompt's tokens"
     )
     window: int = Field(
-        128, ge=2, description="most tokens of a prompt: the beginning and the end, half each"
+        DEFAULT_WINDOW,
+        ge=2,
+        description="most tokens of a prompt: the beginning and the end, half each",
     )
     ngrams: int = Field(384, ge=0, le=65536, description="size of the n-gram vector; 0: none")
     embedding: str | None = Field(
@@ -77,8 +82,13 @@ class _Common(_Strict):
         return ()
 
     @model_validator(mode="after")
-    def _check_renamed(self) -> Self:
-        if unknown := set(self.renamed or ()) - set(self.known):
+    def _check_names(self) -> Self:
+        known, renamed = self.known, self.renamed or {}
+        for name in (*known, *renamed.values()):
+            check_name(name)
+        if twice := {name for name in known if known.count(name) > 1}:
+            raise ValueError(f"the module {min(twice)!r} is named twice: name it once")
+        if unknown := renamed.keys() - set(known):
             raise ValueError(f"renamed speaks of {min(unknown)!r}, which is none of modules")
         return self
 
@@ -96,6 +106,9 @@ class LearnedSettings(_Modules):
     """A fitted router: its tensors lie beside the file."""
 
     scorer: Literal["prototype", "mlp", "retriever"] = "prototype"
+    embedding: str | None = Field(
+        None, description="digest of the signal's embedding model, as it was fitted on"
+    )
     signal: SignalSettings = Field(default_factory=SignalSettings, description="what is read")
     policy: str = Field(DEFAULT_POLICY, description="steps joined by |")
 

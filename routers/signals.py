@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..adapters.errors import RouterError
 from .base import Encode, Query, Signal
+from .settings import DEFAULT_WINDOW
 
 POOLINGS = ("mean", "last", "both")
-DEFAULT_WINDOW = 128
 CACHED_PROMPTS = 4096
 Items = TypeVar("Items", str, tuple[int, ...])
 
@@ -123,7 +123,9 @@ class Cached:
             known = {key: self._found[key] for key in keys if key in self._found}
         missing = {key: q for key, q in zip(keys, queries, strict=True) if key not in known}
         if missing:
-            known |= dict(zip(missing, self.signal.read([*missing.values()]), strict=True))
+            rows = self.signal.read([*missing.values()])
+            # a row is a view, by which all of the batch would be kept as long as any of it
+            known |= {key: row.clone() for key, row in zip(missing, rows, strict=True)}
         with self._lock:
             for key in dict.fromkeys(keys):
                 self._found[key] = known[key]

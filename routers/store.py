@@ -62,14 +62,17 @@ def save_router(
     """Write a router into a folder.
 
     fitted: the scorer, where it was fitted; of an ensemble by the member's place.
+
+    Raises:
+        RouterError: an embedding model that it reads is gone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fitted is not None:
         save_file(_tensors(fitted), folder / TENSORS_FILE)
-    _write(folder, settings)
+    _write(folder, _with_embeddings(settings))
 
 
-def load_router(folder: Path, *, encode: Encode, backbone: str | None = None) -> Router:
+def load_router(folder: Path, *, encode: Encode, backbone: str) -> Router:
     """Read a router.
 
     encode: runs the backbone's first layers. backbone: its digest, to be compared with that of the
@@ -77,14 +80,11 @@ def load_router(folder: Path, *, encode: Encode, backbone: str | None = None) ->
 
     Raises:
         RouterError: a file is missing or damaged, a setting is out of range, or the router was
-            fitted on another backbone.
+            fitted on another backbone or embedding model, or does not say on which.
     """
     settings = read_settings(folder)
-    if backbone and settings.backbone and settings.backbone != backbone:
-        raise RouterError(
-            f"the router of {folder} was fitted on backbone {settings.backbone}, this one is "
-            f"{backbone}: fit it again (mergeroute router fit)"
-        )
+    for part in _parts(settings):
+        _check_backbone(folder, part, part.backbone or settings.backbone, backbone)
     digest = _digest(folder)
     if isinstance(settings, TokenSettings):
         return TokenRouter(_token_routing(settings), digest)
@@ -101,8 +101,10 @@ def read_settings(folder: Path) -> RouterSettings:
     """
     path = folder / CONFIG_FILE
     try:
-        return _Settings.model_validate({"router": json.loads(path.read_text("utf-8"))}).router
-    except (OSError, ValueError) as error:
+        document = json.loads(path.read_text("utf-8"))
+        _json(document).encode("utf-8")  # JSON may hold lone surrogates, and nothing else may
+        return _Settings.model_validate({"router": document}).router
+    except (OSError, ValueError, RecursionError) as error:
         detail = _explained(error) if isinstance(error, ValidationError) else str(error)
         raise RouterError(f"{path} is missing or damaged: {detail}") from error
 
@@ -189,6 +191,7 @@ class _Parts:
         except (SafetensorError, OSError) as error:
             raise RouterError(f"{path} is missing or damaged: {error}") from error
         state = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        _check_embedding(self._folder, settings)
         signal, modules = self._signal(settings.signal), settings.modules
         if settings.scorer == "retriever":
             return Retriever.from_state(state, modules, signal=signal)
@@ -199,6 +202,50 @@ class _Parts:
         if settings not in self._signals:
             self._signals[settings] = signal_of(settings, encode=self._encode)
         return self._signals[settings]
+
+
+def _parts(settings: RouterSettings) -> tuple[RouterSettings, ...]:
+    """The router itself, and an ensemble's members."""
+    return (settings, *settings.members) if isinstance(settings, EnsembleSettings) else (settings,)
+
+
+def _check_backbone(folder: Path, part: RouterSettings, stated: str | None, backbone: str) -> None:
+    if stated is None and isinstance(part, LearnedSettings) and part.signal.layers:
+        raise RouterError(
+            f"the router of {folder} reads a backbone's layers and does not say which backbone's "
+            "it was fitted on: fit it again (mergeroute router fit)"
+        )
+    if stated not in (None, backbone):
+        raise RouterError(
+            f"the router of {folder} was fitted on backbone {stated}, this one is {backbone}: "
+            "fit it again (mergeroute router fit)"
+        )
+
+
+def _with_embeddings(settings: RouterSettings) -> RouterSettings:
+    """With the digests of the embedding models, as they are now."""
+    if isinstance(settings, EnsembleSettings):
+        members = tuple(_with_embeddings(member) for member in settings.members)
+        return settings.model_copy(update={"members": members})
+    if not (isinstance(settings, LearnedSettings) and settings.signal.embedding):
+        return settings
+    from .embedding import digest_of
+
+    return settings.model_copy(update={"embedding": digest_of(settings.signal.embedding)})
+
+
+def _check_embedding(folder: Path, settings: LearnedSettings) -> None:
+    if not settings.signal.embedding:
+        return
+    from .embedding import digest_of
+
+    digest = digest_of(settings.signal.embedding)
+    if settings.embedding != digest:
+        raise RouterError(
+            f"the router of {folder} was fitted on embedding model {settings.embedding}, "
+            f"{settings.signal.embedding} is {digest}: put the former back, or fit it again "
+            "(mergeroute router fit)"
+        )
 
 
 def _plugin(name: str) -> Callable[..., Scorer]:
@@ -248,8 +295,11 @@ def _explained(error: ValidationError) -> str:
 
 def _write(folder: Path, settings: BaseModel) -> None:
     document: dict[str, Any] = settings.model_dump(mode="json", exclude_none=True)
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(_json(document) + "\n", encoding="utf-8")
+
+
+def _json(document: Any) -> str:  # noqa: ANN401 - any JSON value
+    return json.dumps(document, indent=2, ensure_ascii=False)
 
 
 def _digest(folder: Path) -> str:

@@ -61,7 +61,8 @@ def fit(
     read.
 
     Raises:
-        RouterError: too few examples of a module, one of another, or contradictory ones.
+        RouterError: too few examples of a module, one of another, contradictory ones, or one whose
+            features are not finite.
     """
     readings = read(signal, without_duplicates(examples), step=step)
     return fit_readings(scorer, signal, readings, modules=modules, descriptions=descriptions)
@@ -78,6 +79,8 @@ def fit_readings(
     """Fit a scorer on prompts that were read already; see `fit`. The retriever looks at prompts of
     modules alone.
     """
+    if not modules:
+        raise RouterError("there are no modules to choose from: give at least one")
     labels = [label for label in readings.labels if label is not None]
     is_none = torch.tensor([label is None for label in readings.labels])
     if len(modules) < 2 and not is_none.any():
@@ -100,14 +103,31 @@ def fit_readings(
 def read(
     signal: Signal, examples: Sequence[Labelled], *, step: Callable[[], None] = lambda: None
 ) -> Readings:
-    """Read many prompts, some at a time; at least one. step: called after each."""
+    """Read many prompts, some at a time. step: called after each.
+
+    Raises:
+        RouterError: there are none, or the features of one are not finite.
+    """
+    if not examples:
+        raise RouterError("there are no prompts to fit a router on: give some of every module")
     features = []
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        features.append(signal.read([example.query for example in chunk]))
+        rows = signal.read([example.query for example in chunk])
+        _check_finite(rows, chunk)
+        features.append(rows)
         for _ in chunk:
             step()
     return Readings(torch.cat(features), tuple(example.module for example in examples))
+
+
+def _check_finite(rows: Tensor, examples: Sequence[Labelled]) -> None:
+    for is_finite, example in zip(rows.isfinite().all(1).tolist(), examples, strict=True):
+        if not is_finite:
+            raise RouterError(
+                f"the prompt {_shown(example.query)} has features that are NaN or inf: check the "
+                "backbone and its dtype (mergeroute doctor)"
+            )
 
 
 def without_duplicates(examples: Sequence[Labelled]) -> list[Labelled]:
@@ -121,8 +141,8 @@ def without_duplicates(examples: Sequence[Labelled]) -> list[Labelled]:
         earlier = found.setdefault(example.query.turns, example)
         if earlier.module != example.module:
             raise RouterError(
-                f"the prompt {_shown(example.query)} is given for {_called(earlier.module)} and "
-                f"for {_called(example.module)}: decide for one"
+                f"the prompt {_shown(example.query)} is given for {called(earlier.module)} and "
+                f"for {called(example.module)}: decide for one"
             )
     return list(found.values())
 
@@ -144,9 +164,14 @@ def _fraction(query: Query) -> float:
 
 
 def _shown(query: Query) -> str:
-    text = query.text
+    return shortened(query.text)
+
+
+def shortened(text: str) -> str:
+    """How a prompt begins, in quotation marks, for messages."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
-def _called(module: str | None) -> str:
+def called(module: str | None) -> str:
+    """What serves a prompt, for messages."""
     return "no module" if module is None else repr(module)

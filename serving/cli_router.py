@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,8 +50,9 @@ def fit(
         str | None,
         typer.Option(
             metavar="KEY=VALUE,...",
-            help="What it reads: layer=3,pooling=last,ngrams=256,window=256,embedding=...,"
-            "recency=0.5. [default: what the bank's router reads, or a twelfth of the layers]",
+            # a terminal breaks lines at the spaces
+            help="What it reads: layer=3, pooling=last, ngrams=256, window=256, embedding=..., "
+            "recency=0.5; default: what the bank's router reads, or a twelfth of the layers.",
         ),
     ] = None,
     policy: Annotated[
@@ -70,6 +72,7 @@ def fit(
     dtype: DtypeOption = None,
 ) -> None:
     """Write a bank with a router fitted on prompts; backbone and modules stay as they are."""
+    _check_files(data, none)
     from ..routers.settings import DEFAULT_POLICY
     from .building import progress_bars
     from .fitting import fit_bank
@@ -77,6 +80,10 @@ def fit(
     from .router_plots import check_folder, plot_router
     from .router_report import fit_tables
 
+    if policy is not None and not policy.strip():
+        raise UsageError("--policy is empty: give steps joined by |, or leave it out")
+    if report:
+        _check_place(report)
     usual = usual_signal(bank / "router")
     options = FitOptions(
         scorer=scorer,
@@ -87,8 +94,6 @@ def fit(
         name=name,
         force=force,
     )
-    if report:
-        check_folder(report)
     with progress_bars(console) as progress:
         made, fitted = fit_bank(
             bank,
@@ -102,6 +107,7 @@ def fit(
         )
     _show(fit_tables(fitted))
     if report:
+        check_folder(report)
         trial = fitted.trial
         pictures = (
             plot_router(trial.report, trial.cases, report, curve=trial.curve) if trial else []
@@ -131,13 +137,14 @@ def evaluate(
     dtype: DtypeOption = None,
 ) -> None:
     """Measure a bank's router on prompts it was not fitted on, through the server's own code."""
+    _check_files(data, none)
     from .building import progress_bars
     from .router_evaluation import AnswerOptions, evaluate_router
     from .router_plots import check_folder, plot_router
     from .router_report import evaluation_tables
 
     if plot:
-        check_folder(plot)
+        _check_place(plot)
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise UsageError(f"{json_file} cannot be written: name a file in a folder that exists")
     settings = read_settings(None, {"banks": (bank,), "device": device, "dtype": dtype})
@@ -155,6 +162,7 @@ def evaluate(
     if json_file:
         _write_json(evaluation.document(), json_file)
     if plot:
+        check_folder(plot)
         _say(plot_router(evaluation.report, evaluation.cases, plot))
 
 
@@ -162,16 +170,29 @@ def evaluate(
 def route(
     bank: BankArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What a user would write.")],
+    header: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A header of the request, for rules; repeatable."),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of its metadata, for rules; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Show which modules would serve a prompt, and why; the server's own code decides."""
+    from .context import Context
     from .hosting import host_banks
     from .router_report import explanation
     from .schemas import ChatRequest, CompletionRequest
     from .service import Service
+    from .validation import validate
 
+    _check_text(prompt, *(header or ()), *(metadata or ()))
+    context = Context(headers=_labels("--header", header))
+    labels = {"metadata": _labels("--metadata", metadata)}
     settings = read_settings(None, {"banks": (bank,), "device": device, "dtype": dtype})
     with console.status("loading the bank"):
         service = Service(host_banks(settings.open_banks(), settings.placement))
@@ -179,13 +200,13 @@ def route(
         body: ChatRequest | CompletionRequest
         if service.hosted[0].tokenizer.chat_template:
             message = {"role": "user", "content": prompt}
-            body = ChatRequest.model_validate({"messages": [message]})
+            body = validate({"messages": [message], **labels}, ChatRequest)
         else:
-            body = CompletionRequest(prompt=prompt)
+            body = validate({"prompt": prompt, **labels}, CompletionRequest)
         if as_json:
-            _print_json(asyncio.run(service.preview(body)))
+            _print_json(asyncio.run(service.preview(body, context)))
             return
-        (assignment,) = asyncio.run(service.assign(body))
+        (assignment,) = asyncio.run(service.assign(body, context))
         lines = explanation(assignment.decision, _rate(assignment))
     finally:
         service.stop()
@@ -200,6 +221,45 @@ def _rate(assignment: Assignment) -> float | None:
 
     router = assignment.hosted.router
     return None if router is None else abstaining_rate(router, Query(assignment.prompt.turns))
+
+
+def _check_text(*given: str) -> None:
+    """Refuse bytes of the command line that are no text, which Python keeps as lone surrogates."""
+    for text in given:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{text!a} is not UTF-8: convert it") from error
+
+
+def _labels(option: str, given: list[str] | None) -> dict[str, str]:
+    """What `NAME=VALUE` says, by name."""
+    labels: dict[str, str] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise UsageError(f"{option} {text!r} is not NAME=VALUE")
+        if name in labels:
+            raise UsageError(f"{option} {name} is given twice: give it once")
+        labels[name] = value
+    return labels
+
+
+def _check_files(data: Path, none: Path | None) -> None:
+    """Refuse a damaged file of prompts before torch is imported, which takes seconds."""
+    from ..routers.data import read_examples
+
+    read_examples(data, needs=("task",))
+    if none:
+        read_examples(none)
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before anything takes long; it is made at the end."""
+    place = folder.absolute()
+    standing = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not (standing.is_dir() and os.access(standing, os.W_OK)):
+        raise UsageError(f"{folder} cannot be made: {standing} is no folder that can be written to")
 
 
 def _show(parts: Iterable[Table | str]) -> None:

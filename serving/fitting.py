@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from ..routers.learned import Fitted
 from ..routers.policies import Policy
 from ..routers.report import Case, RouterReport, report
 from ..routers.router import RequestRouter
-from ..routers.rules import Rule, Rules
 from ..routers.settings import (
     EnsembleSettings,
     LearnedSettings,
@@ -30,16 +30,22 @@ from ..routers.store import save_router, signal_of
 from ..routers.training import (
     Labelled,
     Readings,
+    called,
     fit_readings,
     read,
+    shortened,
     split,
     without_duplicates,
 )
+from ..runtime.loading import load_tokenizer
 from ..runtime.torch_engine import TorchEngine
 from .chat import chat_prompt, text_prompt
 from .errors import ApiError
-from .router_options import FitOptions, usual_signal
+from .router_options import FitOptions, as_rules, usual_signal
 from .schemas import Message
+
+Home = Callable[[str], str | None]
+"""The module that serves a task; None: none does."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,16 @@ def fit_bank(
         if not bank.modules:
             raise BankError(f"bank {bank.name!r} has no modules: a router has nothing to choose")
         modules = {module.name: module.description for module in bank.modules}
-        prompts = read_prompts(data, none, bank_homes(bank, data), modules=list(modules))
+        options.check(list(modules))  # here, and the prompts too: a backbone takes long to load
+        prompts = labelled(
+            load_tokenizer(bank.backbone.path),
+            read_prompts(data, none, homes_of(bank), modules=list(modules)),
+        )
         usual = usual_signal(bank.router_path)
         with TorchEngine.load(bank.backbone.path, device=device, dtype=dtype) as engine:
             router = fit_router(
                 options.with_signal(usual, layers=engine.layers),
-                labelled(engine.tokenizer, prompts),
+                prompts,
                 modules=modules,
                 encode=engine.encode,
                 backbone=bank.backbone.digest,
@@ -131,40 +141,73 @@ def fit_bank(
     return bank, made[0]
 
 
-def bank_homes(bank: Bank, data: Path) -> dict[str, str]:
-    """The module that serves each task of a file: its own, or one that its own was folded into."""
-    tasks = dict.fromkeys(example.task or "" for example in read_examples(data, needs=("task",)))
-    found = {task: bank.module_of(task) for task in tasks}
-    return {task: module.name for task, module in found.items() if module is not None}
+def homes_of(bank: Bank) -> Home:
+    """By task, the module that serves it: its own, or the one that its own was folded into."""
+
+    @cache
+    def home(task: str) -> str | None:
+        module = bank.module_of(task)
+        return None if module is None else module.name
+
+    return home
 
 
 def read_prompts(
-    data: Path, none: Path | None, homes: Mapping[str, str], *, modules: Sequence[str]
+    data: Path, none: Path | None, home: Home, *, modules: Sequence[str]
 ) -> list[tuple[Example, str | None]]:
     """Examples, and the module that serves each; None: no module.
 
-    homes: module by task. modules: those that must have prompts.
+    home: module of a task. modules: those that must have prompts.
 
     Raises:
-        DataError: a file or line cannot be used, a module has no prompts, or a task no module.
+        DataError: a file or line cannot be used, a module has no prompts, a task no module, or one
+            prompt two homes.
     """
-    examples = read_examples(data, needs=("task",))
-    for example in examples:
-        if example.task not in homes:
+    found: list[tuple[Example, str | None]] = []
+    for example in read_examples(data, needs=("task",)):
+        found.append((example, module := home(str(example.task))))
+        if module is None:
             raise DataError(
                 f"{example.where}: task {example.task!r} is no module ({', '.join(modules)}); "
                 "prompts that no module serves go to a file of their own, of none"
             )
-    found = [(example, homes[str(example.task)]) for example in examples]
     if missing := set(modules) - {module for _, module in found}:
         raise DataError(
             f"{data} holds no prompt of module {min(missing)!r}: add some with its task"
         )
-    others = read_examples(none) if none else []
-    for example in (*examples, *others):
+    found += [(example, None) for example in (read_none(none, home) if none else ())]
+    _check_prompts(found)
+    return found
+
+
+def read_none(path: Path, home: Home) -> list[Example]:
+    """Examples that no module serves. home: module of a task.
+
+    Raises:
+        DataError: a file or line cannot be used, or a line names a task that a module serves.
+    """
+    examples = read_examples(path)
+    for example in examples:
+        if example.task and home(example.task) is not None:
+            raise DataError(
+                f"{example.where}: task {example.task!r} is a module's: move the line to data, or "
+                "drop the task"
+            )
+    return examples
+
+
+def _check_prompts(prompts: Sequence[tuple[Example, str | None]]) -> None:
+    """None is blank, and none is given for two modules, or for one and for none."""
+    earlier: dict[tuple[str, ...], tuple[Example, str | None]] = {}
+    for example, module in prompts:
         if not example.prompt.strip():
             raise DataError(f"{example.where}: the prompt is blank: give a text")
-    return [*found, *((example, None) for example in others)]
+        first, home = earlier.setdefault(example.user_turns, (example, module))
+        if home != module:
+            raise DataError(
+                f"{example.where}: the prompt {shortened(example.prompt)} is given for "
+                f"{called(module)}, and in {first.where} for {called(home)}: decide for one"
+            )
 
 
 def labelled(tokenizer: Any, prompts: Sequence[tuple[Example, str | None]]) -> list[Labelled]:  # noqa: ANN401
@@ -251,8 +294,7 @@ class _Fitting:
         """The whole router of some of the prompts."""
         scorer: Scorer = self.fitted(places)
         if self.options.rules:
-            rules = Rules(tuple(Rule(**rule.model_dump()) for rule in self.options.rules))
-            scorer = Ensemble((rules, scorer))
+            scorer = Ensemble((as_rules(self.options.rules), scorer))
         return RequestRouter(scorer, Policy.parse(self.options.policy))
 
     def settings(self, backbone: str | None) -> LearnedSettings | EnsembleSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +49,7 @@ class FitOptions:
             RouterError: the policy or a rule cannot be read, or a rule names no module.
         """
         Policy.parse(self.policy)
-        named = Rules(tuple(Rule(**rule.model_dump()) for rule in self.rules)).modules
-        if unknown := set(named) - set(modules):
+        if unknown := set(as_rules(self.rules).modules) - set(modules):
             raise RouterError(
                 f"a rule names {min(unknown)!r}, which is no module: {', '.join(modules)}"
             )
@@ -109,17 +109,53 @@ def read_rules(path: Path) -> tuple[RuleSettings, ...]:
     try:
         document = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RouterError(f"{path} cannot be read: {error}") from error
+        raise RouterError(f"{path} cannot be read: {_unread(error)}") from error
     if not (isinstance(document, list) and document):
         raise RouterError(f"{path} holds no list of rules: write '- {{module: a, keyword: b}}'")
     try:
-        return TypeAdapter(tuple[RuleSettings, ...]).validate_python(document)
+        rules = TypeAdapter(tuple[RuleSettings, ...]).validate_python(document)
+        as_rules(rules)
     except ValidationError as error:
-        first = error.errors()[0]
-        number, *where = first["loc"]
-        place = ".".join(map(str, where))
-        message = first["msg"].removeprefix("Value error, ")
-        raise RouterError(f"{path}: rule {int(number) + 1}: {place}: {message}") from error
+        raise RouterError(f"{path}: {_no_rule(error)}") from error
+    except RouterError as error:
+        raise RouterError(f"{path}: {error}") from error
+    return rules
+
+
+def as_rules(rules: Sequence[RuleSettings]) -> Rules:
+    """The scorer of some rules.
+
+    Raises:
+        RouterError: one cannot be used.
+    """
+    return Rules(tuple(Rule(**rule.model_dump()) for rule in rules))
+
+
+def _unread(error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    match error:
+        case OSError():
+            return str(error.strerror)
+        case UnicodeDecodeError():
+            return "it is not UTF-8: convert it"
+        case RecursionError():
+            return "it is nested too deeply"
+        case yaml.MarkedYAMLError(problem_mark=yaml.Mark() as mark):
+            return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error).splitlines()[0]
+
+
+def _no_rule(error: ValidationError) -> str:
+    """Number of the first rule at fault, what of it, and the remedy."""
+    first = error.errors()[0]
+    number, *where = first["loc"]
+    rule, keys = f"rule {int(number) + 1}", ", ".join(RuleSettings.model_fields)
+    if not where:
+        return f"{rule} is {first['input']!r}: write {{module: a, keyword: b}}"
+    if first["type"] == "extra_forbidden":
+        return f"{rule}: the key {where[0]!r} is unknown: {keys} are known"
+    place = ".".join(str(part) for part in where if part != "str")
+    return f"{rule}: {place} is {first['input']!r}: {first['msg']}"
 
 
 def _signal_value(key: str, value: str) -> object:

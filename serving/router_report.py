@@ -101,7 +101,8 @@ def abstaining_rate(router: Router, query: Query) -> float | None:
     if scores is None or scores.distance is None or not scores.calibration:
         return None
     distances, distance = scores.calibration, scores.distance
-    return sum(other >= distance for other in distances) / len(distances)
+    farther = sum(other >= distance for other in distances)
+    return (farther + 1) / (len(distances) + 1) if farther else 0.0
 
 
 def _figures(report: RouterReport) -> Iterator[tuple[str, str]]:

@@ -44,7 +44,7 @@ def write_demo_bank(out: Path, target: Path, progress: Progress) -> Bank:
 
     def write_router(folder: Path) -> None:
         data, none = (out / "data" / name for name in ("router.jsonl", "none.jsonl"))
-        examples = read_prompts(data, none, {name: name for name in names}, modules=list(names))
+        examples = read_prompts(data, none, {name: name for name in names}.get, modules=list(names))
         with TorchEngine.load(backbone.path, device="cpu", dtype="float32") as engine:
             router = fit_router(
                 OPTIONS,

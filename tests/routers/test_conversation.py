@@ -50,7 +50,26 @@ class Told:
         return replace(self, modules=tuple(m for m in self.modules if m != name))
 
 
-ROUTER = RequestRouter(Told(), Policy.parse("softmax | top_k(1) | abstain(0.01) | quantise"))
+@dataclass(frozen=True)
+class Knowing(Told):
+    """One that knows prompts of no module: `code 0.3 0.6` is a share of these, too, and a prompt
+    is far where it is the largest."""
+
+    def score(self, query: Query) -> Scores | None:
+        first, own, none = query.text.split(" ")
+        rest = (1 - float(own) - float(none)) / (len(self.modules) - 1)
+        shares = {name: float(own) if name == first else rest for name in self.modules}
+        return Scores(
+            {name: math.log(share) for name, share in shares.items()},
+            distance=float(none) - max(shares.values()),
+            calibration=(0.0,),
+            none=math.log(float(none)),
+        )
+
+
+POLICY = Policy.parse("softmax | top_k(1) | abstain(0.01) | quantise")
+ROUTER = RequestRouter(Told(), POLICY)
+KNOWING = RequestRouter(Knowing(), POLICY)
 
 
 def said(*texts: str) -> Query:
@@ -102,8 +121,70 @@ def test_the_margin_must_be_exceeded() -> None:
 def test_what_stays_is_the_blend_and_the_rest_is_of_the_new_turn() -> None:
     kept, alone = decide("code 0.9", "math 0.6"), ROUTER.route(said("math 0.6"))
     assert kept.blend == Blend({"code": 1.0})
-    assert timeless(replace(kept, blend=alone.blend, reason=alone.reason)) == timeless(alone)
-    assert kept.confidence == pytest.approx(0.6)
+    assert kept.confidence == pytest.approx(0.2)
+    of_the_turn = replace(kept, blend=alone.blend, reason=alone.reason, confidence=alone.confidence)
+    assert timeless(of_the_turn) == timeless(alone)
+
+
+def test_the_confidence_is_that_of_the_blend_that_is_kept() -> None:
+    assert decide("code 0.9", "code 0.6").confidence == pytest.approx(0.6)
+    assert decide("code 0.9", "far").confidence == pytest.approx(1 / 3)
+    assert decide("code 0.9", "?").confidence == 0.0
+    assert decide("far", "math 0.45").confidence == 0.0
+    assert decide("code 0.9", "math 0.9").confidence == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("texts", "best", "confidence", "words"),
+    [
+        (("code 0.9 0.02", "code 0.1 0.8"), None, 0.1, "leaves code=1: the backbone leads by 0.7"),
+        (("code 0.9 0.02", "code 0.3 0.6"), "code", 0.3, "the backbone leads by 0.300 only"),
+        (("code 0.9 0.02", "math 0.3 0.6"), None, 0.3, "the backbone leads by 0.550"),
+        (("code 0.1 0.8", "math 0.5 0.4"), None, 0.4, "the backbone: math leads by 0.100 only"),
+        (("code 0.1 0.8", "math 0.9 0.02"), "math", 0.9, "leaves the backbone: math leads by 0.88"),
+    ],
+)
+def test_the_backbone_competes_with_what_the_modules_leave(
+    texts: tuple[str, ...], best: str | None, confidence: float, words: str
+) -> None:
+    decision = route_conversation(KNOWING, said(*texts), Stickiness(patience=1))
+    assert decision.best == best
+    assert decision.confidence == pytest.approx(confidence)
+    assert words in decision.reason
+
+
+def test_a_conversation_comes_back_from_the_backbone() -> None:
+    turns = ["code 0.9 0.02", "code 0.1 0.8", "code 0.9 0.02"]
+    stickiness = Stickiness(patience=1)
+    best = [route_conversation(KNOWING, said(*turns[:k]), stickiness).best for k in range(1, 4)]
+    assert best == ["code", None, "code"]
+
+
+def test_the_backbone_takes_over_after_turns_in_a_row_that_are_no_module_s() -> None:
+    own, stray = "code 0.9 0.02", "code 0.1 0.8"
+    turns = [own, stray, own, stray, stray, stray, own]
+    before, best = None, []
+    for k, text in enumerate(turns, 1):
+        whole = route_conversation(KNOWING, said(*turns[:k]), Stickiness())
+        before = route_conversation(KNOWING, said(text), Stickiness(), before=before)
+        assert timeless(whole) == timeless(before)
+        best.append(whole.best)
+    assert best == ["code", "code", "code", "code", None, None, "code"]
+
+
+def test_a_turn_that_strays_says_how_many_the_backbone_needs() -> None:
+    decision = route_conversation(KNOWING, said("code 0.9 0.02", "code 0.1 0.8"), Stickiness())
+    assert "the backbone on 2 turns in a row" in decision.reason
+
+
+def test_a_patience_of_no_turns_is_refused() -> None:
+    with pytest.raises(RouterError, match="patience 0 is too small: 1 turn or more"):
+        Stickiness(patience=0)
+
+
+def test_at_the_largest_margin_no_backbone_moves_it() -> None:
+    turns = said("code 0.9 0.02", "code 0.001 0.99")
+    assert route_conversation(KNOWING, turns, Stickiness(margin=1)).best == "code"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,12 @@ def test_a_conversation_may_end_with_the_answer(tmp_path: Path) -> None:
         ({"task": "x", "prompt": "x", "answer": " "}, "answer is missing or blank"),
         ({"task": "x", "prompt": "x"}, "answer is missing or blank: every line needs task and"),
         ({"prompt": "x", "answer": "y"}, "task is missing"),
-        ({"task": "x", "messages": [], "answer": "y"}, "messages is []"),
+        ({"task": "x", "messages": [], "answer": "y"}, "messages hold none of a user's: give"),
+        ({"messages": [{"role": "system", "content": "y"}]}, "messages hold none of a user's"),
+        (
+            {"messages": [{"role": r, "content": "y"} for r in ("system", "assistant")]},
+            "messages hold none of a user's",
+        ),
         ({"task": "x", "messages": [{"role": "me", "content": "y"}]}, "messages.0.role is 'me'"),
         ({"task": "x", "messages": [{"role": "user"}]}, "messages.0.content is missing"),
         (
@@ -69,7 +74,7 @@ def test_a_conversation_may_end_with_the_answer(tmp_path: Path) -> None:
         ),
         ({"prompt": "x", "answer": "c", "options": ["a", "b"]}, "make it one of the options"),
         ({"prompt": "x", "answer": "a", "options": ["a", "A "]}, "hold one twice"),
-        ({"prompt": "x", "answer": "a", "options": ["a"]}, "options is ['a']"),
+        ({"prompt": "x", "answer": "a", "options": ["a"]}, "options is ['a']: give at least 2"),
     ],
 )
 def test_a_corrupt_line_is_named(tmp_path: Path, line: object, words: str) -> None:
@@ -84,7 +89,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read: No such file"):
         read_examples(tmp_path / "nothing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ü"}'.encode("latin-1"))
-    with pytest.raises(DataError, match="line 1: Invalid JSON"):
+    with pytest.raises(DataError, match=r"line 1: the file is not UTF-8: convert it$"):
         read_examples(tmp_path / "latin.jsonl")
-    with pytest.raises(DataError, match="holds no examples"):
-        read_examples(written(tmp_path, "", " "))
+    empty = written(tmp_path, "", " ")
+    with pytest.raises(DataError, match=r'holds no examples: give JSON lines, {"prompt": \.{3}}$'):
+        read_examples(empty)
+    with pytest.raises(DataError, match=r'{"task": \.{3}, "prompt": \.{3}, "answer": \.{3}}$'):
+        read_examples(empty, needs=["task", "answer"])

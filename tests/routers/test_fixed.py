@@ -21,6 +21,7 @@ def test_a_module_that_goes_leaves_the_others_their_weights() -> None:
     scorer = Fixed(Blend({"a": 0.75, "b": 0.25})).without_module("a")
     assert scorer.score(Query.of()).logits == {"b": 0.25}
     assert scorer.without_module("b").score(Query.of()).logits == {}
+    assert scorer.with_module(Card("a")).score(Query.of()).logits == {"a": 0.75, "b": 0.25}
 
 
 def test_a_module_that_comes_gets_no_weight() -> None:

@@ -153,6 +153,12 @@ def test_damaged_tensors_are_refused(fitted: Mlp) -> None:
         Mlp.from_state({**state, "hidden": state["hidden"].T.contiguous()}, MODULES)
     with pytest.raises(RouterError, match="do not fit 3 modules"):
         Mlp.from_state({**state, "center": torch.tensor(1.0)}, MODULES)
+    for name in ("scale", "hidden", "output_bias"):
+        with pytest.raises(RouterError, match=r"torch\.float16, torch\.float32 is allowed"):
+            Mlp.from_state({**state, name: state[name].half()}, MODULES)
+    for scale in (0.0, -1.0):
+        with pytest.raises(RouterError, match="a scale of 0"):
+            Mlp.from_state({**state, "scale": state["scale"] * scale}, MODULES)
     damaged = {"hidden": "NaN or inf", "calibration": "is damaged", "temperature": "is damaged"}
     for name, message in damaged.items():
         with pytest.raises(RouterError, match=message):

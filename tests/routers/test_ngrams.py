@@ -20,14 +20,18 @@ def vector(text: str, size: int = 64) -> torch.Tensor:
     return Ngrams(size).read([Query.of(text=text)])[0]
 
 
-def test_counts_are_signed_hashes_of_every_run_of_two_or_three_bytes() -> None:
+@pytest.mark.parametrize(
+    ("text", "data"), [("Ab7", b" ab0 "), ("ß€", b" \xc3\x9f\xe2\x82\xac "), ("", b"  ")]
+)
+def test_counts_are_signed_hashes_of_every_run_of_two_or_three_bytes(
+    text: str, data: bytes
+) -> None:
     expected = torch.zeros(64)
-    data = b" ab0 "
     for length in (2, 3):
         for start in range(len(data) - length + 1):
             code = zlib.crc32(data[start : start + length])
             expected[code % 64] += 1 if code >> 16 & 1 else -1
-    assert torch.allclose(vector("Ab7"), expected / expected.norm())
+    assert torch.allclose(vector(text), expected / expected.norm())
 
 
 @given(text=texts)

@@ -117,7 +117,8 @@ def test_nothing_stays_nothing(step: Step, weights: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "threshold"), [(0.005, 199.0), (0.01, 198.0), (0.5, 100.0), (0.001, 200.0)]
+    ("rate", "threshold"),
+    [(0.005, 200.0), (0.01, 199.0), (0.5, 101.0), (0.001, 200.0), (0.9999, 1.0)],
 )
 def test_abstain_gives_up_at_most_the_rate_of_its_own_prompts(
     rate: float, threshold: float
@@ -130,6 +131,25 @@ def test_abstain_gives_up_at_most_the_rate_of_its_own_prompts(
     assert "abstained: distance" in far.reason
     calibration = near.scores.calibration
     assert sum(d > threshold for d in calibration) / len(calibration) <= rate
+
+
+@pytest.mark.parametrize(("count", "rate", "kept"), [(9, 0.1, 9), (9, 0.7, 3), (19, 0.1, 18)])
+def test_the_threshold_is_the_conformal_quantile(count: int, rate: float, kept: int) -> None:
+    distances = [float(k) for k in range(1, count + 1)]
+    scores = Scores(LOGITS, distance=0.0, calibration=distances)
+    assert Abstain(rate).apply(Weighing(LOGITS, scores)).threshold == kept
+
+
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=25), st.floats(0.01, 0.99))
+def test_of_exchangeable_prompts_at_most_the_rate_is_given_up(
+    distances: list[int], rate: float
+) -> None:
+    given_up = 0
+    for place, distance in enumerate(distances):  # each in turn is the one asked after the rest
+        rest = sorted([*distances[:place], *distances[place + 1 :]])
+        scores = Scores(LOGITS, distance=distance, calibration=rest)
+        given_up += not Abstain(rate).apply(Weighing(LOGITS, scores)).weights
+    assert given_up <= max(1, rate * len(distances) + 1e-9)  # 1: the threshold is never infinite
 
 
 @given(st.floats(1e-9, 0.9999), st.lists(st.floats(0, 100), min_size=1, max_size=30))
@@ -162,7 +182,6 @@ def test_quantise_says_when_all_vanish() -> None:
 def test_policies_compose_and_parse() -> None:
     parsed = Policy.parse("softmax(0.5) | top_k(1) | abstain(0.005) | quantise")
     assert parsed.steps == (Softmax(0.5), TopK(1), Abstain(0.005), Quantise())
-    assert (Policy((Softmax(0.5), TopK(1))) | Policy((Abstain(0.005), Quantise()))) == parsed
     assert parsed.apply(weigh(distance=5.0)).weights == {"b": 1.0}
     assert parsed.apply(weigh(distance=500.0)).weights == {}
 

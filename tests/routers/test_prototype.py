@@ -38,11 +38,14 @@ def draw_none(count: int, *, seed: int, centers: int = 4) -> Tensor:
 def test_scores_are_half_negative_squared_mahalanobis_distances() -> None:
     features, labels = draw(50, seed=1)
     scorer = Prototype.fit(features, labels, modules=MODULES)
-    scaled = (features.double() - features.double().mean(0)) / features.double().std(0)
+    centred = features.double() - features.double().mean(0)
+    rare = 3 * centred.abs().amax(0).square() / 149  # three prompts more, as far as the farthest
+    variance = centred.square().sum(0) / 149 + rare
+    scaled = centred / variance.sqrt()
     rows = scaled.view(3, 50, 8)
     means = rows.mean(1)
     residuals = (rows - means[:, None]).reshape(-1, 8)
-    covariance = ledoit_wolf(residuals)
+    covariance = ledoit_wolf(residuals) + torch.diag(rare / variance)
     squares = (residuals * torch.linalg.solve(covariance, residuals.T).T).sum(1)
     too_far = squares.sum() / (150 - 3) / 50  # a mean of 50 lies beside the true one
     for k, name in enumerate(MODULES):
@@ -153,6 +156,12 @@ def test_a_saved_head_scores_alike(with_none: bool) -> None:
     [
         ("means", None, "lacks tensor 'means'"),
         ("means", lambda t: t[:-1], "do not fit 3 modules"),
+        ("means", lambda t: t[:, 0], "do not fit 3 modules"),
+        ("means", lambda t: t[:, None], "do not fit 3 modules"),
+        ("means", lambda t: t.to(torch.complex64), "other dtypes"),
+        ("spread", lambda t: t.half(), "other dtypes"),
+        ("owners", lambda t: t.float(), "other dtypes"),
+        ("owners", lambda t: t.bool(), "other dtypes"),
         ("owners", lambda t: t + 1, "do not fit 3 modules"),
         ("center", lambda t: t[:3], "do not fit 3 modules"),
         ("whitening", lambda t: t * torch.nan, "NaN or inf"),
@@ -249,6 +258,75 @@ def test_distances_stay_exact_far_from_the_origin_with_many_modules() -> None:
     for x in rows[::50]:
         expected = near.score(x).distance
         assert far.score(x + 300).distance == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("with_none", [False, True])
+@settings(deadline=None, max_examples=15)
+@given(powers=st.lists(st.integers(-40, 40), min_size=8, max_size=8))
+def test_the_unit_of_a_feature_does_not_matter(with_none: bool, powers: list[int]) -> None:
+    units = 2.0 ** torch.tensor(powers)  # powers of two, so that nothing is rounded
+    features, labels = draw(40, seed=1)
+    none = draw_none(60, seed=2) if with_none else None
+    other = Prototype.fit(
+        features * units, labels, modules=MODULES, none=None if none is None else none * units
+    )
+    scorer = PROTOTYPES[with_none]
+    assert other.calibration == scorer.calibration
+    for x in (*draw(2, seed=8)[0], *draw_none(4, seed=9)):
+        assert other.score(x * units) == scorer.score(x)
+
+
+def test_weak_features_beside_strong_ones_still_tell_modules_apart() -> None:
+    features, labels = draw(40, seed=1)
+    strong = torch.randn(120, 8, generator=torch.Generator().manual_seed(5)) * 1e4
+    scorer = Prototype.fit(torch.cat([features * 0.01, strong], 1), labels, modules=MODULES)
+    for x, label in zip(*draw(20, seed=2), strict=True):
+        logits = scorer.score(torch.cat([x * 0.01, strong[0]])).logits
+        assert max(logits, key=lambda name: logits[name]) == label
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0, -1e6, 1e-8])
+def test_a_feature_that_is_always_the_same_but_for_rounding_says_nothing(constant: float) -> None:
+    features, labels = draw(40, seed=1)
+    noise = torch.randn(120, 1, generator=torch.Generator().manual_seed(5)).clamp(-3, 3)
+    same = constant * (1 + 5e-8 * noise)
+    scorer = Prototype.fit(torch.cat([features, same], 1), labels, modules=MODULES)
+    for x in draw(3, seed=8)[0]:
+        expected = PROTOTYPES[False].score(x)
+        for unseen in (constant, 1.0, 1e9):
+            scores = scorer.score(torch.cat([x, torch.tensor([unseen])]))
+            assert max(scores.logits, key=lambda name: scores.logits[name]) == max(
+                expected.logits, key=lambda name: expected.logits[name]
+            )
+            assert scores.distance == pytest.approx(expected.distance, rel=0.2)
+
+
+def test_a_feature_of_one_prompt_does_not_rule_the_next_prompt_that_has_it() -> None:
+    features, labels = draw(400, seed=1)
+    rare = torch.zeros(1200, 1)
+    rare[7] = 0.5
+    scorer = Prototype.fit(torch.cat([features, rare], 1), labels, modules=MODULES)
+    for x in draw(10, seed=8)[0]:
+        plain, with_it = (
+            scorer.score(torch.cat([x, torch.tensor([value])])) for value in (0.0, 0.5)
+        )
+        assert plain.distance is not None
+        assert with_it.distance is not None
+        # as if four of 1200 prompts had it: 300, and not 1200
+        assert 250 < with_it.distance - plain.distance < 320
+
+
+@pytest.mark.parametrize("different", [2, 3, 7])
+def test_prompts_that_are_given_several_times_are_fitted_silently(different: int) -> None:
+    features, labels = draw(different, seed=1)
+    features = features.view(3, different, 8).repeat(1, 10, 1).flatten(0, 1)
+    labels = [name for name in MODULES for _ in range(10 * different)]
+    none = draw_none(different, seed=2).repeat(40, 1)
+    scorer = Prototype.fit(features, labels, modules=MODULES, none=none, centroids=5)
+    assert 1 <= (scorer.owners == -1).sum() <= different
+    for x, label in zip(features, labels, strict=True):
+        logits = scorer.score(x).logits
+        assert max(logits, key=lambda name: logits[name]) == label
 
 
 def test_prompts_that_are_all_alike_are_refused() -> None:

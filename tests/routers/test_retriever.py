@@ -269,6 +269,30 @@ def test_damaged_tensors_are_refused() -> None:
         load(counts=torch.tensor([20, 40]), described=torch.tensor([False, False]))
     with pytest.raises(RouterError, match="not 3"):
         load(counts=torch.tensor([20, 40, 0]))
+    crafted = {
+        "counts": [
+            torch.tensor([20.0, 20.0, 20.0]),
+            torch.tensor(60),
+            torch.full((2, 2), 15),
+            torch.tensor([-1, 41, 20]),
+            torch.tensor([1 << 62, 1 << 62, 60]),
+        ],
+        "described": [torch.tensor([5, 0, 0]), torch.tensor(True), torch.ones(2, dtype=torch.bool)],
+        "vectors": [
+            state["vectors"][:, 0],
+            state["vectors"][:, None],
+            state["vectors"][1:],
+            state["vectors"].half(),
+            state["vectors"].to(torch.complex64),
+        ],
+        "left_out": [state["left_out"][1:], state["left_out"][None], torch.tensor(1.0)],
+        "handicaps": [torch.tensor(1.0), state["handicaps"][1:], state["handicaps"].int()],
+        "scale": [torch.tensor(1.0), torch.ones(3), torch.tensor([0.0, 1.0]), -state["scale"]],
+    }
+    for name, tensors in crafted.items():
+        for tensor in tensors:
+            with pytest.raises(RouterError, match=r"retriever.* fit it again"):
+                load(**{name: tensor})
     with pytest.raises(RouterError, match="NaN or inf"):
         load(vectors=state["vectors"] * torch.nan)
     with pytest.raises(RouterError, match="NaN or inf"):

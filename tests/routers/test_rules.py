@@ -129,6 +129,8 @@ def test_rules_of_a_module_that_is_not_served_do_not_count() -> None:
         (Rule("m", regex="\ud800"), "regex"),
         (Rule("m", metadata={"tier": ()}), "metadata tier has no value"),
         (Rule("m", header={"X-Team": []}), "header x-team has no value"),
+        (Rule("m", header={"Authorization": "Bearer x"}), "header authorization holds a secret"),
+        (Rule("m", keyword="json", header={"cookie": "x"}), "header cookie holds a secret"),
         (Rule("", keyword="json"), "no module name"),
     ],
 )

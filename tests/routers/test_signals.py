@@ -137,6 +137,17 @@ def test_a_prompt_is_read_once() -> None:
     assert torch.equal(second[0], first[1])
 
 
+def test_a_prompt_is_remembered_without_the_batch_it_was_read_in() -> None:
+    @dataclass(frozen=True)
+    class Batch:
+        def read(self, queries: Sequence[Query]) -> Tensor:
+            return torch.ones(len(queries), 3)
+
+    signal = Cached(Batch())
+    signal.read([Query.of((token,)) for token in range(50)])
+    assert {row.untyped_storage().nbytes() for row in signal._found.values()} == {3 * 4}
+
+
 def test_prompts_that_differ_in_tokens_or_text_are_different() -> None:
     encoder = Encoder()
     signal = Cached(HiddenState(encoder, (1,)))

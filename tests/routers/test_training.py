@@ -99,6 +99,28 @@ def test_what_nothing_can_be_learned_from_is_refused(
         fit("prototype", Places(), examples, modules=modules)
 
 
+@pytest.mark.parametrize("examples", [[], EXAMPLES])
+def test_without_prompts_or_modules_nothing_is_fitted(examples: list[Labelled]) -> None:
+    modules = () if examples else MODULES
+    message = "no modules to choose from" if examples else "no prompts to fit a router on"
+    for scorer in SCORERS:
+        with pytest.raises(RouterError, match=message):
+            fit(scorer, Places(), examples, modules=modules)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_the_first_prompt_with_broken_features_is_named(scorer: str, poison: float) -> None:
+    class Broken(Places):
+        def read(self, queries: Sequence[Query]) -> Tensor:
+            features = super().read(queries)
+            features[features[:, 0] > 5.01, 1] = poison
+            return features
+
+    with pytest.raises(RouterError, match="'number 5011' has features that are NaN or inf"):
+        fit(scorer, Broken(), EXAMPLES, modules=MODULES)
+
+
 def test_one_module_is_told_from_prompts_of_none() -> None:
     only = [e for e in EXAMPLES if e.module in ("low", None)]
     fitted = fit("prototype", Places(), only, modules=("low",))
