@@ -14,6 +14,7 @@ MergerouteError
     ├── RequestError        the request itself is at fault: refused before admission
     │   └── ContextLengthError   the prompt does not fit
     ├── UnknownModuleError  a blend names a module that is not loaded
+    ├── ModuleUnavailableError   a module's files have gone or changed since it was registered
     ├── QueueFullError      too many requests wait
     ├── EngineStoppedError  the engine is shutting down
     └── UnsupportedModelError    this architecture cannot be served exactly
@@ -88,8 +89,16 @@ class UnknownModuleError(EngineError):
     """A blend names a module that is not loaded."""
 
 
+class ModuleUnavailableError(EngineError):
+    """A module's files have gone or changed since it was registered."""
+
+
 class QueueFullError(EngineError):
-    """Too many requests wait."""
+    """Too many requests wait. retry_s: seconds after which trying again may help."""
+
+    def __init__(self, message: str, *, retry_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class EngineStoppedError(EngineError):

@@ -21,14 +21,14 @@ class Admission:
     vocabulary: int
     has_tokenizer: bool
 
-    def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
+    def _check_prompt(self, prompt_ids: Sequence[int], *, needs_room: bool) -> None:
         length = len(prompt_ids)
         if not length:
             raise RequestError("the prompt is empty: give at least one token", parameter="prompt")
-        if length >= self.max_length:
+        if length > self.max_length or (length == self.max_length and needs_room):
             raise ContextLengthError(
-                f"the prompt is {length:,} tokens, the limit is {self.max_length - 1:,} to leave "
-                f"room for an answer in {self.max_length:,} (max_length): shorten it",
+                f"the prompt is {length:,} tokens, the limit is {self.max_length - needs_room:,} "
+                f"to leave room for an answer in {self.max_length:,} (max_length): shorten it",
                 parameter="prompt",
             )
         self._check_ids(prompt_ids, parameter="prompt")
@@ -40,8 +40,8 @@ class Admission:
             ContextLengthError: the prompt leaves no room, or not enough for `max_tokens`.
             RequestError: another fault; `parameter` names it.
         """
-        self._check_prompt(request.prompt_ids)
         length, wanted = len(request.prompt_ids), request.sampling.max_tokens
+        self._check_prompt(request.prompt_ids, needs_room=wanted != 0)
         if wanted is not None and length + wanted > self.max_length:
             raise ContextLengthError(
                 f"the prompt is {length:,} tokens and max_tokens is {wanted:,}, together they may "
@@ -52,7 +52,7 @@ class Admission:
         self._check_ids(request.sampling.stop_token_ids, parameter="stop_token_ids")
         if request.sampling.stop and not self.has_tokenizer:
             raise RequestError("stop texts need a tokenizer: use stop_token_ids", parameter="stop")
-        return wanted or self.max_length - length
+        return self.max_length - length if wanted is None else wanted
 
     def _check_ids(self, token_ids: Iterable[int], *, parameter: str) -> None:
         for token_id in token_ids:

@@ -54,8 +54,18 @@ class BlendedMatrix(Blended):
         self.register_buffer("a", weight.new_zeros(0, in_features), persistent=False)
         self.register_buffer("b", weight.new_zeros(0, out_features), persistent=False)
 
+    @property
+    def rows(self) -> int:
+        """How many ranks there is room for."""
+        return len(self.a)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.a, self.b
+
     def resize(self, ranks: int) -> None:
-        """Make room for `ranks` ranks; what is there stays, new ranks are zero."""
+        """Make room for `ranks` ranks; what is there stays, new ranks hold anything."""
         self.a, self.b = resized(self.a, ranks), resized(self.b, ranks)
 
 
@@ -75,7 +85,7 @@ class BlendedLinear(BlendedMatrix):
         """x [..., i] to [..., o]."""
         y: Tensor = self.base(x)
         gated = followed(self.part)
-        if gated is None:
+        if gated is None or not self.rows:
             return y
         x_rows, y_rows = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
         gates = gated.of_layer(self.name, x_rows)
@@ -102,7 +112,7 @@ class BlendedEmbedding(BlendedMatrix):
         """ids [...] to [..., d]."""
         y: Tensor = self.base(ids)
         gated = followed(self.part)
-        if gated is None:
+        if gated is None or not self.rows:
             return y
         id_rows, y_rows = ids.reshape(-1), y.view(-1, self.out_features)
         for segment in gated.segments:
@@ -143,7 +153,7 @@ class BlendedVectors(Blended):
         """x [..., i] to [..., o], with the packed rows along `row_dim`."""
         y: Tensor = self.base(x)
         gated = followed(self.part)
-        if gated is None:
+        if gated is None or not self.rows:
             return y
         for segment in gated.segments:
             place = self.row_dim, segment.start, segment.stop - segment.start
@@ -154,14 +164,26 @@ class BlendedVectors(Blended):
                 rows.add_(self._summed(self.biases, gates, y))
         return y
 
+    @property
+    def rows(self) -> int:
+        """How many slots there is room for."""
+        return len(self.biases)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The changes of weights and of biases."""
+        return self.weights, self.biases
+
     def resize(self, slots: int) -> None:
         """Make room for `slots` slots; what is there stays, new slots are zero."""
+        before = self.rows
         self.weights, self.biases = resized(self.weights, slots), resized(self.biases, slots)
+        self.clear(before, slots)
 
-    def clear(self, slot: int) -> None:
-        """Forget what a slot holds."""
-        self.weights[slot] = 0
-        self.biases[slot] = 0
+    def clear(self, first: int, stop: int) -> None:
+        """Forget what slots hold."""
+        self.weights[first:stop] = 0
+        self.biases[first:stop] = 0
 
     def _summed(self, changes: Tensor, gates: Tensor, y: Tensor) -> Tensor:
         """The blends' changes, one per row, in a shape that spreads over y."""
@@ -172,11 +194,11 @@ class BlendedVectors(Blended):
 
 
 def resized(rows: Tensor, count: int) -> Tensor:
-    """The first `count` rows; those that are new are zero."""
+    """The first `count` rows; those that are new hold anything."""
     if rows.shape[0] == count:
         return rows
     kept = min(rows.shape[0], count)
-    new = rows.new_zeros(count, rows.shape[1])
+    new = rows.new_empty(count, rows.shape[1])
     new[:kept] = rows[:kept]
     return new
 

@@ -5,28 +5,47 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters.delta import LowRank
 from ..adapters.digest import short
 from ..adapters.errors import RequestError
-from ..routers.token_routing import TokenRouting
 from .gating import GateTable, LayerGate
 from .module_stack import ResidentModule
 from .types import TokenGate
 
-_MAX_TABLES = 32
+_MAX_STACKS = 16
 _RTOL = 1e-6
 """Directions with a smaller share of the largest singular value are rounding errors."""
 
-Kind = tuple[str, int]
-"""What of a routing decides the directions: the method, and how many."""
+_Key = tuple[str, tuple[str, ...]]
+"""Method and modules: of a gate, what decides its layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """What a module's change of one layer is known by.
+
+    vectors: [k, i], float32; right singular vectors of the change, or the gate trained for it.
+    singular: [k], float32, their singular values; 1 for a gate.
+    """
+
+    vectors: Tensor
+    singular: Tensor
+
+    def to(self, device: torch.device) -> Directions:
+        """The same on a device."""
+        return Directions(self.vectors.to(device), self.singular.to(device))
 
 
 class GateTables:
     """The tables of gates in use, by content. Any thread may ask for one.
+
+    Gates over the same modules with the same method share what they know, whatever their settings.
 
     resident: gives what is resident of a module, by digest.
     """
@@ -35,63 +54,88 @@ class GateTables:
         self._resident = resident
         self._device = device
         self._building = threading.Lock()
-        self._keeping = threading.Lock()  # never held while the engine's thread is waited for
-        self._directions: dict[tuple[str, Kind], dict[str, Tensor]] = {}
-        self._tables: OrderedDict[TokenGate, GateTable] = OrderedDict()
+        self._keeping = threading.Lock()  # guards what follows; held for moments only
+        self._directions: dict[tuple[str, bool], dict[str, Directions]] = {}
+        self._stacks: OrderedDict[_Key, Mapping[str, LayerGate]] = OrderedDict()
+        self._built_for: set[str] = set()  # modules of the build that runs, but those forgotten
 
     def table(self, gate: TokenGate) -> GateTable:
-        """A gate's table; the first time takes an SVD of every layer of every module.
+        """A gate's table, at once where one of its modules and method was asked for before. Else it
+        may take an SVD of every layer of every module: not for an event loop.
 
         Raises:
             RequestError: a module cannot be routed by token, or not by this method.
             UnknownModuleError: a module is not loaded.
         """
-        with self._building:
-            with self._keeping:
-                table = self._tables.get(gate)
-            if table is None:
-                found = [self._of(digest, gate.routing) for digest in gate.modules]
-                table = gate_table(gate, found)
-            with self._keeping:
-                self._tables[gate] = table
-                self._tables.move_to_end(gate)
-                while len(self._tables) > _MAX_TABLES:
-                    self._tables.popitem(last=False)
-            return table
+        key = gate.routing.method, gate.modules
+        layers = self._ready(key)
+        if layers is None:
+            with self._building:
+                layers = self._ready(key)  # another thread may have built it meanwhile
+                if layers is None:
+                    layers = self._build(key)
+        return GateTable(gate, layers)
 
     def forget(self, digest: str) -> None:
-        """A module was evicted."""
+        """A module was evicted. A build that runs keeps nothing of it."""
         with self._keeping:
-            for key in [key for key in self._directions if key[0] == digest]:
-                del self._directions[key]
-            for gate in [gate for gate in self._tables if digest in gate.modules]:
-                del self._tables[gate]
+            self._built_for.discard(digest)
+            for known in [known for known in self._directions if known[0] == digest]:
+                del self._directions[known]
+            for key in [key for key in self._stacks if digest in key[1]]:
+                del self._stacks[key]
 
-    def _of(self, digest: str, routing: TokenRouting) -> dict[str, Tensor]:
-        key = digest, (routing.method, routing.directions)
+    def _ready(self, key: _Key) -> Mapping[str, LayerGate] | None:
+        with self._keeping:
+            layers = self._stacks.get(key)
+            if layers is not None:
+                self._stacks.move_to_end(key)
+            return layers
+
+    def _build(self, key: _Key) -> Mapping[str, LayerGate]:
+        method, modules = key
+        with self._keeping:
+            self._built_for = set(modules)
+        layers = stack_layers(method, [self._of(digest, method) for digest in modules])
+        with self._keeping:
+            if self._built_for.issuperset(modules):
+                self._stacks[key] = layers
+            while len(self._stacks) > _MAX_STACKS:
+                self._stacks.popitem(last=False)
+        return layers
+
+    def _of(self, digest: str, method: str) -> Mapping[str, Directions]:
+        key = digest, method == "phatgoose"  # the other methods read one and the same SVD
         with self._keeping:
             known = self._directions.get(key)
         if known is not None:
             return known
-        found = module_directions(self._resident(digest), routing)
-        placed = {name: directions.to(self._device) for name, directions in found.items()}
+        found = module_directions(self._resident(digest), method)
+        placed = {layer: directions.to(self._device) for layer, directions in found.items()}
         with self._keeping:
-            self._directions[key] = placed
+            if digest in self._built_for:
+                self._directions[key] = placed
         return placed
 
 
-def gate_table(gate: TokenGate, directions: Sequence[Mapping[str, Tensor]]) -> GateTable:
-    """A gate's table from the directions of its modules, in the gate's order."""
+def stack_layers(method: str, modules: Sequence[Mapping[str, Directions]]) -> dict[str, LayerGate]:
+    """What a gate knows of its modules by layer, from their directions in the gate's order."""
+    kept = None if method == "spectr" else 1
     layers: dict[str, LayerGate] = {}
-    for layer in dict.fromkeys(layer for own in directions for layer in own):
-        members = [index for index, own in enumerate(directions) if layer in own]
-        layers[layer] = LayerGate(_stacked([directions[m][layer] for m in members]), members)
-    return GateTable(gate, layers)
+    for layer in dict.fromkeys(layer for own in modules for layer in own):
+        members = [index for index, own in enumerate(modules) if layer in own]
+        found = [modules[member][layer] for member in members]
+        layers[layer] = LayerGate(
+            pad_sequence([one.vectors[:kept] for one in found]),  # [k, m, i]
+            pad_sequence([one.singular[:kept] for one in found]),  # [k, m]
+            members,
+        )
+    return layers
 
 
 @torch.inference_mode()
-def module_directions(module: ResidentModule, routing: TokenRouting) -> dict[str, Tensor]:
-    """Directions [k, i] of a module by layer that it changes, float32 on the CPU.
+def module_directions(module: ResidentModule, method: str) -> dict[str, Directions]:
+    """Directions of a module by layer that it changes, on the CPU.
 
     Raises:
         RequestError: it changes more than inner linear layers, or ships no gate that is needed.
@@ -103,36 +147,25 @@ def module_directions(module: ResidentModule, routing: TokenRouting) -> dict[str
             "route by request",
             parameter="routing",
         )
-    if routing.method == "phatgoose":
+    if method == "phatgoose":
         if missing := sorted(module.deltas.keys() - module.gates.keys()):
             raise RequestError(
                 f"{who} ships no gate for {missing[0]!r}, which phatgoose needs: train its gates, "
                 "leave it out, or choose arrow",
                 parameter="routing",
             )
-        return {layer: _standardised(module.gates[layer])[None] for layer in module.deltas}
-    found = {layer: layer_directions(delta, routing) for layer, delta in module.deltas.items()}
-    return {layer: directions for layer, directions in found.items() if len(directions)}
+        return {layer: _trained(module.gates[layer]) for layer in module.deltas}
+    found = {layer: spectrum(delta) for layer, delta in module.deltas.items()}
+    return {layer: directions for layer, directions in found.items() if len(directions.singular)}
 
 
-def layer_directions(delta: LowRank, routing: TokenRouting) -> Tensor:
-    """Right singular vectors of a change, [k, i], float32: exact, whatever the spectrum; none of a
-    change that is zero.
-    """
+def spectrum(delta: LowRank) -> Directions:
+    """Right singular vectors of a change, exact whatever its spectrum; none of one that is zero."""
     _, singular, vt = delta.svd(rtol=_RTOL)
-    if routing.method == "arrow":
-        return vt[:1].float()
-    if routing.directions:
-        return vt[: routing.directions].float()
-    return (singular[:, None] * vt).float()
+    return Directions(vt.float(), singular.float())
 
 
-def _standardised(gate: Tensor) -> Tensor:
+def _trained(gate: Tensor) -> Directions:
     """Mean 0 and variance 1. Exact: an epsilon would weaken gates that are small."""
     centred = gate.double() - gate.double().mean()
-    return (centred / centred.square().mean().sqrt()).float()
-
-
-def _stacked(directions: Sequence[Tensor]) -> Tensor:
-    """[m, k, i], with zeros where a module has fewer than k."""
-    return torch.nn.utils.rnn.pad_sequence(list(directions), batch_first=True)
+    return Directions((centred / centred.square().mean().sqrt()).float()[None], torch.ones(1))

@@ -53,19 +53,40 @@ class Encoder:
         """
         return [states for group in _groups(prompts) for states in self._encode(group)]
 
+    def embed(self, prompts: Sequence[TokenIds]) -> Tensor:
+        """The mean of each prompt's hidden states after the final norm, where the last layer is
+        the model's last, [n, hidden], float32.
+        """
+        return torch.cat([self._embed(group) for group in _groups(prompts)])
+
+    @torch.inference_mode()
+    def _embed(self, prompts: Sequence[TokenIds]) -> Tensor:
+        states = self._run(prompts)
+        self._hidden.clear()
+        pieces = torch.split(states, [len(prompt) for prompt in prompts])
+        return torch.stack([piece.mean(0) for piece in pieces])
+
     @torch.inference_mode()
     def _encode(self, prompts: Sequence[TokenIds]) -> list[Tensor]:
         """All in one forward."""
+        self._run(prompts)
+        states = torch.stack([self._hidden[layer] for layer in self._layers])
+        self._hidden.clear()
+        return list(torch.split(states, [len(prompt) for prompt in prompts], dim=1))
+
+    def _run(self, prompts: Sequence[TokenIds]) -> Tensor:
+        """What the model puts out after its norm, [t, hidden] over all prompts, float32; `_hidden`
+        keeps what its layers put out.
+        """
         lengths = [len(prompt) for prompt in prompts]
         stops = torch.tensor(lengths).cumsum(0).tolist()
         spans = [Span(0, stop - n, stop, past=0) for n, stop in zip(lengths, stops, strict=True)]
         batch = PackedBatch(spans, device=self._device)
         ids = torch.tensor([[i for prompt in prompts for i in prompt]], device=self._device)
         with packed(batch), blending(None):
-            self._model(input_ids=ids, position_ids=batch.positions[None], use_cache=False)
-        states = torch.stack([self._hidden[layer] for layer in self._layers])
-        self._hidden.clear()
-        return [states[:, span.start : span.stop] for span in spans]
+            out = self._model(input_ids=ids, position_ids=batch.positions[None], use_cache=False)
+        states: Tensor = out.last_hidden_state[0].float()
+        return states
 
     def _watched(self, block: nn.Module, number: int) -> nn.Module:
         """The block, or a copy over the same weights that keeps what it puts out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,17 +14,22 @@ from typing import Protocol
 from torch import Tensor
 
 from ..adapters.lora import Module
-from .types import GenerationRequest, TokenEvent, TokenGate
+from .types import GenerationRequest, Grammar, ScoredToken, TokenEvent, TokenGate
 
 
 class Generation:
     """A running generation: iterate over its events, in a thread or in asyncio, from one place.
 
     cached_tokens: prompt tokens whose keys and values were reused; known at the first event.
+    prompt_scores: of each prompt token but the first, where asked for; known at the first event.
+    submitted_at, admitted_at: by `time.perf_counter`; None: no slot was given to it yet.
     """
 
     def __init__(self) -> None:
         self.cached_tokens = 0
+        self.prompt_scores: list[ScoredToken] = []
+        self.submitted_at = time.perf_counter()
+        self.admitted_at: float | None = None
         self._is_over = False
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._cancelled = threading.Event()
@@ -68,7 +74,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the start, and the load of this moment."""
+    """Counters since the start, and the load of this moment.
+
+    rows: requests in all steps, each once a step. admitted: requests that got a slot, reused: of
+    them, those that found a part of their prompt computed. slots: most requests in the batch.
+    silent_s: since the engine's loop last came round: the time of the step that it is in, or half a
+    second at most when it is idle.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -77,6 +89,11 @@ class EngineStats:
     running: int = 0
     waiting: int = 0
     modules: int = 0
+    silent_s: float = 0.0
+    rows: int = 0
+    admitted: int = 0
+    reused: int = 0
+    slots: int = 0
 
 
 class Engine(Protocol):
@@ -111,6 +128,14 @@ class Engine(Protocol):
 
         Raises:
             RequestError, UnknownModuleError, EngineStoppedError: as `submit`.
+        """
+
+    def prepare_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar in the caller's thread, and keep it: seconds on a large one. Where it
+        was not called, `submit` does it, and takes the longer.
+
+        Raises:
+            RequestError: the grammar is at fault, or the tokenizer cannot be constrained.
         """
 
     def load_module(self, module: Module) -> str:

@@ -22,34 +22,42 @@ _BLOCK = 64
 class LayerGate:
     """What tells the modules apart in one layer.
 
-    directions: [m, k, i], float32. members: which of the gate's modules the m are; the others do
-    not change the layer, and have no say in it.
+    directions: [k, m, i], float32; a module with fewer than k has zeros. singular: [k, m], how
+    strongly each is amplified. members: which of the gate's modules the m are; the others do not
+    change the layer, and have no say in it.
     """
 
     directions: Tensor
+    singular: Tensor
     members: Sequence[int]
 
     def scores(self, x: Tensor, routing: TokenRouting) -> Tensor:
-        """x [n, i] to a score per token and member, [n, m], float32."""
-        return scores(x, self.directions, routing)
+        """x [n, i], any float dtype, to a score per token and member, [n, m], float32; see
+        `TokenRouting`.
+        """
+        x, width = x.float(), x.shape[1]
+        if routing.method == "phatgoose":
+            return F.linear(F.layer_norm(x, (width,)) / width**0.5, self.directions[0])
+        if routing.norm == "unit":
+            x = F.rms_norm(x, (width,))
+        if routing.method == "arrow":
+            return F.linear(x, self.directions[0]).abs()
+        directions = self.directions[: routing.directions or None]
+        found = F.linear(x, directions.flatten(0, 1)).view(-1, *directions.shape[:2])  # [n, k, m]
+        if not routing.directions:
+            found = found * self.singular
+        return found.square().sum(1).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
 class GateTable:
-    """A gate with all that it needs to know of its modules, by layer; shared by its requests."""
+    """A gate with all that it needs to know of its modules, by layer; shared by its requests.
+
+    layers: of gates with other settings too.
+    """
 
     gate: TokenGate
     layers: Mapping[str, LayerGate]
-
-    def weights(self, layer: str, x: Tensor) -> Tensor:
-        """Weights of all the gate's modules for a layer's input: x [n, i] to [n, modules], float32,
-        without smoothing; a module that does not change the layer gets zero.
-        """
-        found = x.new_zeros(x.shape[0], len(self.gate.modules), dtype=torch.float32)
-        if layer in self.layers:
-            own, routing = self.layers[layer], self.gate.routing
-            found[:, own.members] = weights(own.scores(x, routing), routing)
-        return found
 
 
 @dataclass(eq=False)
@@ -122,24 +130,6 @@ class Routed:
         for smoother, own in zip(smoothers[decodes:], rest, strict=True):
             parts.append(smoother.smooth(layer, own, share))
         return torch.cat(parts)
-
-
-def scores(x: Tensor, directions: Tensor, routing: TokenRouting) -> Tensor:
-    """Scores of modules for tokens; see `TokenRouting`.
-
-    x: [n, i], any float dtype. directions: [m, k, i], float32; a module with fewer has zeros.
-    Returns [n, m], float32.
-    """
-    modules, count, width = directions.shape
-    x = x.float()
-    if routing.method == "phatgoose":
-        x = F.layer_norm(x, (width,)) / width**0.5
-    elif routing.norm == "unit":
-        x = F.rms_norm(x, (width,))
-    found = F.linear(x, directions.flatten(0, 1)).view(-1, modules, count)  # [n, m, k]
-    if routing.method == "phatgoose":
-        return found[:, :, 0]
-    return found[:, :, 0].abs() if count == 1 else found.square().sum(2).sqrt()
 
 
 def weights(scores: Tensor, routing: TokenRouting) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import get_args
 
 import torch
@@ -17,6 +18,7 @@ from ..adapters.lora import Module
 from ..adapters.shapes import Shapes
 from .blended import BlendedEmbedding, BlendedLinear, BlendedMatrix, BlendedVectors
 from .blending import Part
+from .footprint import Demand, Footprint, Room
 from .probing import Probe
 
 WHOLE_STACK_SHARE = 2 / 3
@@ -41,11 +43,22 @@ class PreparedModule:
 
     name: str
     digest: str
-    rank: int
+    footprint: Footprint
     factors: Mapping[str, tuple[Tensor, Tensor]]
     vectors: Mapping[str, Tensor]
     parts: frozenset[Part]
     gates: Mapping[str, Tensor]
+
+    @property
+    def rank(self) -> int:
+        """How many ranks it takes, at least 1."""
+        return self.footprint.rank
+
+    def to(self, device: torch.device) -> PreparedModule:
+        """The same with what is copied in on a device."""
+        factors = {n: (a.to(device), b.to(device)) for n, (a, b) in self.factors.items()}
+        vectors = {n: vector.to(device) for n, vector in self.vectors.items()}
+        return replace(self, factors=factors, vectors=vectors)
 
 
 @dataclass(frozen=True)
@@ -77,21 +90,30 @@ class ModuleStack:
     """The modules that are resident in a model, by digest. Not thread-safe: one thread changes it.
 
     Layers are replaced once the first module changes them.
+
+    budget: most bytes of factors and vectors; it is taken as a whole with the first module, and
+    shared out anew only when a module changes other layers. None: memory grows with the modules.
+    layout: changes whenever modules move to other ranks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, budget: int | None = None) -> None:
         self.shapes = Shapes.of(model)
+        self.room = Room.of(model, self.shapes, budget)
+        self.layout = 0
         self._probe = Probe(model, self.shapes)
         self._model = model
         self._layers: dict[str, BlendedMatrix] = {}
         self._vectors: dict[str, BlendedVectors] = {}
         self._slices: dict[str, tuple[int, int]] = {}
+        self._footprints: dict[str, Footprint] = {}
         self._told: dict[str, _Told] = {}
         self._spreads: dict[tuple[str, ...], Tensor] = {}
         self._slots: dict[str, int] = {}
         self._slot_ranks = torch.zeros(0, dtype=torch.long)
         self._changing: dict[Part, set[str]] = {part: set() for part in get_args(Part)}
         self._capacity = 0
+        self._slot_capacity = 0
+        self._names: dict[frozenset[str], frozenset[str]] = {}
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._slices
@@ -103,6 +125,13 @@ class ModuleStack:
     def ranks(self) -> int:
         """R: the ranks in use, holes left by removed modules included."""
         return max((high for _, high in self._slices.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all factors and vectors take, used or free."""
+        layers: list[BlendedMatrix | BlendedVectors] = [*self._layers.values()]
+        layers += self._vectors.values()
+        return sum(tensor.nbytes for layer in layers for tensor in layer.tensors)
 
     @property
     def changes_beside_inner(self) -> bool:
@@ -132,7 +161,11 @@ class ModuleStack:
         return PreparedModule(
             name=module.name,
             digest=module.digest,
-            rank=max(1, module.rank),
+            footprint=Footprint(
+                max(1, module.rank),
+                self._interned(deltas),
+                self._interned(name.rpartition(".")[0] for name in module.vectors),
+            ),
             factors={n: self._prepared(n, delta, dtype) for n, delta in deltas.items()},
             vectors={n: _finite(n, v.to(dtype)) for n, v in module.vectors.items()},
             parts=frozenset(
@@ -142,11 +175,13 @@ class ModuleStack:
         )
 
     def add(self, module: PreparedModule) -> None:
-        """Copy a module's changes into free ranks and, of vectors, into a free slot."""
+        """Copy a module's changes into free ranks and, of vectors, into a free slot.
+
+        Raises:
+            EngineError: the budget has no room beside the modules that are there.
+        """
+        self._make_room(module.footprint)
         low = self._free_slice(module.rank)
-        self._reserve(low + module.rank)
-        for name in module.factors.keys() - self._layers.keys():
-            self._layers[name] = self._install(name)
         for name, layer in self._layers.items():
             layer.a[low : low + module.rank] = 0
             layer.b[low : low + module.rank] = 0
@@ -157,6 +192,7 @@ class ModuleStack:
         if module.vectors:
             self._add_vectors(module, low)
         self._slices[module.digest] = (low, low + module.rank)
+        self._footprints[module.digest] = module.footprint
         inner = [layer for layer in module.factors if self._part(layer) == "inner"]
         self._told[module.digest] = _Told(module.name, tuple(inner), module.gates)
         self._spreads.clear()
@@ -164,17 +200,15 @@ class ModuleStack:
             self._changing[part].add(module.digest)
 
     def remove(self, digest: str) -> None:
-        """Give a module's ranks back. An empty stack gives its memory back too."""
-        del self._slices[digest], self._told[digest]
+        """Give a module's ranks back. Without a budget an empty stack gives its memory back too."""
+        del self._slices[digest], self._footprints[digest], self._told[digest]
         self._spreads.clear()
         for digests in self._changing.values():
             digests.discard(digest)
         if digest in self._slots:
             self._remove_vectors(digest)
-        if not self._slices:
-            self._capacity = 0
-            for layer in self._layers.values():
-                layer.resize(0)
+        if not self._slices and self.room.budget is None:
+            self._allocate(Demand.of([]), 0, 0)
 
     def gates(self, blend: Blend) -> Tensor:
         """A blend over digests as gates, [R], in the model's dtype and on its device."""
@@ -240,25 +274,75 @@ class ModuleStack:
             low = stop
         return low
 
-    def _reserve(self, ranks: int) -> None:
-        """Make room in every layer; one that was left behind by a failure catches up."""
-        if ranks > self._capacity:
-            capacity = max(ranks, int(self._capacity * _GROWTH))
-            for layer in self._layers.values():
-                layer.resize(capacity)
-            self._capacity = capacity
+    def _make_room(self, footprint: Footprint) -> None:
+        """See that a module finds its layers, its ranks and its slot."""
+        demand = Demand.of([*self._footprints.values(), footprint])
+        ranks, slots = self._capacity, self._slot_capacity
+        fits = demand.ranks <= ranks and demand.slots <= slots
+        if not (fits and self._has_memory(footprint)):
+            if self.room.budget is not None:
+                ranks, slots = self.room.allot(demand)
+            elif demand.ranks > ranks:
+                ranks = max(demand.ranks, int(ranks * _GROWTH))
+            self._compact()
+            self._allocate(demand, ranks, max(slots, demand.slots))
+        elif self._free_slice(footprint.rank) + footprint.rank > ranks:
+            self._compact()
+
+    def _interned(self, names: Iterable[str]) -> frozenset[str]:
+        """Equal sets are one: those of thousands of modules are compared at once."""
+        found = frozenset(names)
+        return self._names.setdefault(found, found)
+
+    def _has_memory(self, footprint: Footprint) -> bool:
+        """Whether all layers that a module changes are as large as the stack."""
+        matrices = [self._layers.get(name) for name in footprint.layers]
+        vectors = [self._vectors.get(name) for name in footprint.owners]
+        return all(layer and layer.rows == self._capacity for layer in matrices) and all(
+            layer and layer.rows == self._slot_capacity for layer in vectors
+        )
+
+    def _compact(self) -> None:
+        """Move all modules together, so that what is free lies behind them."""
+        order = sorted(self._slices, key=self._slices.__getitem__)
+        ranks = [rank for digest in order for rank in range(*self._slices[digest])]
+        slots = [self._slots[digest] for digest in order if digest in self._slots]
+        if ranks != list(range(len(ranks))) or slots != list(range(len(slots))):
+            _gather([t for layer in self._layers.values() for t in layer.tensors], ranks)
+            _gather([t for layer in self._vectors.values() for t in layer.tensors], slots)
+            stops = accumulate(self._footprints[digest].rank for digest in order)
+            lows = {
+                d: stop - self._footprints[d].rank for d, stop in zip(order, stops, strict=True)
+            }
+            self._slices = {d: (low, low + self._footprints[d].rank) for d, low in lows.items()}
+            self._slots = {d: k for k, d in enumerate(d for d in order if d in self._slots)}
+            self._slot_ranks = self._slot_ranks.new_tensor([lows[d] for d in self._slots])
+            for layer in self._vectors.values():
+                layer.clear(len(slots), layer.rows)
+            self._spreads.clear()
+            self.layout += 1
+
+    def _allocate(self, demand: Demand, ranks: int, slots: int) -> None:
+        """Give memory to the layers that are asked for, and take it from all others."""
+        for name in demand.layers - self._layers.keys():
+            self._layers[name] = self._install(name)
+        for owner in demand.owners - self._vectors.keys():
+            self._vectors[owner] = self._install_vectors(owner)
+        sizes: list[tuple[BlendedMatrix | BlendedVectors, int]] = [
+            (layer, ranks * (name in demand.layers)) for name, layer in self._layers.items()
+        ]
+        sizes += [(la, slots * (name in demand.owners)) for name, la in self._vectors.items()]
+        for layer, count in sorted(sizes, key=lambda one: one[1] - one[0].rows):  # freed first
+            layer.resize(count)
+        self._capacity, self._slot_capacity = ranks, slots
 
     def _add_vectors(self, module: PreparedModule, low: int) -> None:
         slot = next(k for k in range(len(self._slots) + 1) if k not in self._slots.values())
-        slots = max(slot + 1, len(self._slot_ranks))
-        for owner in {name.rpartition(".")[0] for name in module.vectors} - self._vectors.keys():
-            self._vectors[owner] = self._install_vectors(owner)
-        for layer in self._vectors.values():
-            layer.resize(slots)
         for name, vector in module.vectors.items():
             owner, _, leaf = name.rpartition(".")
             rows = self._vectors[owner].weights if leaf == "weight" else self._vectors[owner].biases
             rows[slot] = vector.to(rows)
+        slots = max(slot + 1, len(self._slot_ranks))
         ranks = torch.zeros(slots, dtype=torch.long, device=next(self._model.parameters()).device)
         ranks[: len(self._slot_ranks)] = self._slot_ranks
         ranks[slot] = low
@@ -268,10 +352,7 @@ class ModuleStack:
     def _remove_vectors(self, digest: str) -> None:
         slot = self._slots.pop(digest)
         for layer in self._vectors.values():
-            if self._slots:
-                layer.clear(slot)
-            else:
-                layer.resize(0)
+            layer.clear(slot, slot + 1)
         self._slot_ranks[slot] = 0
         if not self._slots:
             self._slot_ranks = self._slot_ranks[:0]
@@ -307,7 +388,6 @@ class ModuleStack:
             out, into = self.shapes.matrices[name]
             part = self._part(name)
             layer = BlendedLinear(base, name=name, in_features=into, out_features=out, part=part)
-        layer.resize(self._capacity)
         self._replace(name, layer)
         return layer
 
@@ -324,6 +404,23 @@ class ModuleStack:
     def _replace(self, name: str, layer: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(self._model.get_submodule(parent), leaf, layer)
+
+
+def _gather(tensors: Iterable[Tensor], index: Sequence[int]) -> None:
+    """Bring rows to the front, rows[:n] = rows[index], of all tensors that have any. What it takes
+    of memory it takes before the first is moved.
+    """
+    filled = [rows for rows in tensors if len(rows)]
+    if not filled:
+        return
+    device, count = filled[0].device, len(index)
+    chosen = torch.tensor(index, dtype=torch.long, device=device)
+    most = max(rows.shape[1] * rows.itemsize for rows in filled)
+    scratch = torch.empty(count * most, dtype=torch.uint8, device=device)
+    for rows in filled:
+        size = count * rows.shape[1] * rows.itemsize
+        moved = scratch[:size].view(rows.dtype).view(count, rows.shape[1])
+        rows[:count] = torch.index_select(rows, 0, chosen, out=moved)
 
 
 def _factors(delta: LowRank, dtype: torch.dtype, *, where: str) -> tuple[Tensor, Tensor]:

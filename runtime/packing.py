@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 from torch import Tensor
 
@@ -21,19 +21,24 @@ _SLOW_COUNTS = range(7, 16)
 
 
 def pack(chunks: list[Chunk]) -> tuple[list[Span], list[int], list[int]]:
-    """Spans, token ids, and the rows after which a token is sampled."""
+    """Spans, token ids, and the rows whose logits are asked for: of each chunk its last ones."""
     spans: list[Span] = []
     ids: list[int] = []
-    last_rows: list[int] = []
+    kept_rows: list[int] = []
     for chunk in chunks:
         sequence = chunk.sequence
         assert sequence.slot is not None
         start = len(ids)
         ids += sequence.tokens[sequence.computed : sequence.computed + chunk.count]
         spans.append(Span(sequence.slot, start, len(ids), sequence.computed))
-        if chunk.is_last:
-            last_rows.append(len(ids) - 1)
-    return spans, ids, last_rows
+        kept_rows += range(len(ids) - chunk.kept_rows, len(ids))
+    return spans, ids, kept_rows
+
+
+def last_rows(chunks: list[Chunk]) -> list[int]:
+    """Of the rows whose logits are asked for, those after which a token is sampled."""
+    stops = accumulate(chunk.kept_rows for chunk in chunks)
+    return [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.is_last]
 
 
 def pad_rows(rows: list[int]) -> list[int]:
@@ -48,20 +53,19 @@ def blend_plan(
 ) -> BlendPlan:
     """How a forward over these chunks blends. Parts that no resident module changes are left out.
 
-    gates: [t, R]. kept_rows: the rows whose logits are asked for, those of the last chunks first.
+    gates: [t, R]. kept_rows: the rows whose logits are asked for, chunk by chunk.
     """
     segments = blend_segments(_runs(chunks, "inner", stack), stack)
     inner = Gated(gates, segments, routed_rows(chunks, stack))
     if not stack.changes_beside_inner:
         return BlendPlan(inner)
-    lasts = [chunk for chunk in chunks if chunk.is_last]
     kept = gates[kept_rows]
     return BlendPlan(
         inner,
         embedding=_gated(gates, _runs(chunks, "embedding", stack), stack),
-        head=_gated(kept, _single_runs(lasts, "head", stack), stack),
+        head=_gated(kept, _kept_runs(chunks, "head", stack), stack),
         vectors=_slotted(gates, _runs(chunks, "vectors", stack), stack),
-        head_vectors=_slotted(kept, _single_runs(lasts, "head_vectors", stack), stack),
+        head_vectors=_slotted(kept, _kept_runs(chunks, "head_vectors", stack), stack),
     )
 
 
@@ -112,8 +116,9 @@ def _runs(chunks: list[Chunk], part: Part, stack: ModuleStack) -> list[Run]:
     ]
 
 
-def _single_runs(chunks: list[Chunk], part: Part, stack: ModuleStack) -> list[Run]:
-    return [(1, digests) for _, digests in _runs(chunks, part, stack)]
+def _kept_runs(chunks: list[Chunk], part: Part, stack: ModuleStack) -> list[Run]:
+    runs = zip(chunks, _runs(chunks, part, stack), strict=True)
+    return [(chunk.kept_rows, digests) for chunk, (_, digests) in runs if chunk.kept_rows]
 
 
 def _gated(gates: Tensor, runs: list[Run], stack: ModuleStack) -> Gated | None:

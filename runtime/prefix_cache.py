@@ -49,13 +49,15 @@ class PrefixCache:
         """Number of slots that no running sequence uses."""
         return sum(not content.in_use for content in self.contents)
 
-    def claim(self, key: Hashable | None, tokens: Sequence[int]) -> Reuse:
+    def claim(self, key: Hashable | None, tokens: Sequence[int], *, reuses: bool = True) -> Reuse:
         """Take a slot for a sequence. At least its last token is left to compute.
 
         key: what its keys and values depend on besides tokens; None reuses nothing.
         tokens: the sequence's own list, which grows as it generates. A slot must be free.
+        reuses: False computes all tokens anew, for others to reuse.
         """
-        lengths = [_common(content, key, tokens) for content in self.contents]
+        wanted = key if reuses else None
+        lengths = [_common(content, wanted, tokens) for content in self.contents]
         source = max(range(len(lengths)), key=lambda s: (lengths[s], not self.contents[s].in_use))
         length = lengths[source] if lengths[source] >= MIN_REUSED else 0
         slot = source if length and self._may_overwrite(source, length) else self._oldest_free()

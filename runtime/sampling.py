@@ -10,16 +10,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .grammar import Constraint, allowed_tokens
 from .types import SamplingParams, TokenLogprob
 
 
 @dataclass
 class SamplingState:
-    """What sampling knows of one sequence. tokens: prompt and generated, growing."""
+    """What sampling knows of one sequence. tokens: prompt and generated, growing.
+    end_tokens: ids that end it. constraint: what may come next; None: anything.
+    """
 
     params: SamplingParams
     tokens: list[int]
     prompt_length: int
+    end_tokens: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,8 +52,8 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | No
     logits: [n, vocabulary], any float dtype; computed in float32.
     """
     logits = logits.float()
+    adjusted = _constrain(_adjust(logits, states), states)  # before the device is waited for
     is_sound = logits.amax(-1).isfinite().tolist()  # NaN wins every maximum
-    adjusted = _adjust(logits, states)
     tokens = adjusted.argmax(-1)
     random_rows = [i for i, s in enumerate(states) if is_sound[i] and not s.params.is_greedy]
     if random_rows:
@@ -81,8 +86,22 @@ def _adjust_row(row: Tensor, state: SamplingState) -> None:
         row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
     for token_id, bias in params.logit_bias.items():
         row[token_id] += bias
+    if len(generated) < params.min_tokens:
+        row[[token for token in state.end_tokens if token < len(row)]] = -torch.inf
     largest = torch.finfo(row.dtype).max
     row.clamp_(-largest, largest)  # a huge bias must not leave inf, of which no softmax can be had
+
+
+def _constrain(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """What a grammar does not allow cannot be drawn, whatever its logit."""
+    constraints = {i: s.constraint for i, s in enumerate(states) if s.constraint}
+    if not constraints:
+        return logits
+    rows = list(constraints)
+    adjusted = logits.clone()
+    allowed = allowed_tokens(list(constraints.values()), logits[rows])
+    adjusted[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+    return adjusted
 
 
 def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:

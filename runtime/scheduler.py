@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -13,9 +15,16 @@ from ..adapters.blend import Blend
 from ..adapters.errors import QueueFullError
 from .detokenize import TextStream
 from .engine import Generation
+from .fair_queue import FairQueue, Tenant
 from .gating import GateTable, Smoother
 from .prefix_cache import PrefixCache, Reuse
 from .sampling import SamplingState
+
+_TOKEN_COST = 2.0
+"""Of a token that is generated; of one that is prefilled it is 1 (Sheng et al. 2024, section 5)."""
+
+_RECENT = 64
+"""How many ends tell how fast requests run of late."""
 
 
 @dataclass(eq=False, repr=False)
@@ -25,6 +34,7 @@ class Sequence:
     tokens: prompt and generated tokens. computed: how many of them have keys and values.
     limit: most tokens it may generate. end_tokens: ids that end it.
     table: how its modules are weighed by token; None: not at all. smoother: where that is smoothed.
+    tenant: who shares the slots with others. deadline: on the monotonic clock; None: there is none.
     """
 
     generation: Generation
@@ -40,6 +50,8 @@ class Sequence:
     is_over: bool = False
     table: GateTable | None = None
     smoother: Smoother | None = None
+    tenant: Tenant = None
+    deadline: float | None = None
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
@@ -66,6 +78,16 @@ class Sequence:
         """Tokens that have no keys and values yet: 1 while decoding, more during prefill."""
         return len(self.tokens) - self.computed
 
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's tokens are scored."""
+        return self.sampling.params.prompt_logprobs is not None
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -79,41 +101,82 @@ class Chunk:
         """Whether the sequence's next token is sampled after this chunk."""
         return self.count == self.sequence.pending
 
+    @property
+    def scored(self) -> int:
+        """How many of the tokens, all or none, tell of the prompt's token that follows each."""
+        is_prompt = not self.sequence.generated and self.sequence.scores_prompt
+        return self.count if is_prompt else 0
+
+    @property
+    def kept_rows(self) -> int:
+        """How many of the tokens, the last ones, have their logits asked for."""
+        return self.scored or int(self.is_last)
+
 
 class Scheduler:
-    """First come, first served; running sequences decode in every step, prompts fill the rest.
+    """Slots go to tenants in turn; running sequences decode in every step, prompts fill the rest.
 
     slots: most sequences that run at once. token_budget: most tokens in one forward.
-    max_waiting: most sequences that wait for a slot.
+    max_waiting: most sequences that wait for a slot. A tenant may wait with as many as there are
+    places left besides, so that some are left for others however many tenants flood.
+    Source: Choudhury and Hahne 1998, Dynamic Queue Length Thresholds, with a factor of 1.
     """
 
-    def __init__(self, *, slots: int, token_budget: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        token_budget: int,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.prefixes = PrefixCache(slots)
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self._token_budget = token_budget
         self._max_waiting = max_waiting
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=_RECENT)  # since it was idle last, begin included
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Thread-safe: one append.
+        """Queue a sequence; one thread at a time.
 
         Raises:
             QueueFullError: too many wait already.
         """
-        if len(self.waiting) >= self._max_waiting:
-            raise QueueFullError(
-                f"{len(self.waiting)} requests wait, the limit is {self._max_waiting} "
-                "(max_waiting): try again later"
+        total, own = len(self.waiting), self.waiting.waiting(sequence.tenant)
+        if total >= self._max_waiting:
+            raise self._full(f"{total} requests wait, the limit is {self._max_waiting}")
+        if sequence.tenant is not None and 0 < own >= self._max_waiting - total:
+            raise self._full(
+                f"{own} requests of {sequence.tenant!r} wait, and {self._max_waiting - total} "
+                f"places of {self._max_waiting} are left for others"
             )
-        self.waiting.append(sequence)
+        if not (total or self.running):
+            self._ends.append(self._clock())
+        self.waiting.add(sequence.tenant, sequence)
+
+    def _full(self, why: str) -> QueueFullError:
+        return QueueFullError(f"{why} (max_waiting): try again later", retry_s=self.turnover_s)
+
+    @property
+    def turnover_s(self) -> int:
+        """Seconds until those that wait now have run, at the rate of late; 1 to 60."""
+        ends = tuple(self._ends)
+        if len(ends) < 2:
+            return 1
+        seconds = len(self.waiting) * (self._clock() - ends[0]) / (len(ends) - 1)
+        return min(max(math.ceil(seconds), 1), 60)
 
     def admit(self, on_admit: Callable[[Sequence, Reuse], None]) -> None:
         """Give free slots to waiting sequences; `on_admit` readies each before it runs."""
         while self.waiting and self.prefixes.free:
-            sequence = self.waiting.popleft()
-            reuse = self.prefixes.claim(sequence.key, sequence.tokens)
+            sequence = self.waiting.pop()
+            reuses = not sequence.scores_prompt
+            reuse = self.prefixes.claim(sequence.key, sequence.tokens, reuses=reuses)
             sequence.slot, sequence.computed = reuse.slot, reuse.length
             self.running.append(sequence)
+            self.waiting.charge(sequence.tenant, sequence.pending)
             on_admit(sequence, reuse)
 
     def plan(self) -> list[Chunk]:
@@ -134,16 +197,24 @@ class Scheduler:
         sequence.computed += chunk.count
         if sequence.smoother is not None:
             sequence.smoother.commit()
+
+    def gained(self, sequence: Sequence) -> None:
+        """A sound token came of what is in the cache: others may reuse it, and it is paid for."""
+        assert sequence.slot is not None
         self.prefixes.contents[sequence.slot].valid = sequence.computed
+        self.waiting.charge(sequence.tenant, _TOKEN_COST)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, running or waiting, and free its slot."""
         if sequence.slot is None:
-            self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        self.prefixes.release(sequence.slot)
-        sequence.slot = None
+            self.waiting.remove(sequence.tenant, sequence)
+        else:
+            self.running.remove(sequence)
+            self.prefixes.release(sequence.slot)
+            sequence.slot = None
+            self._ends.append(self._clock())
+        if not (self.running or len(self.waiting)):
+            self._ends.clear()
 
 
 def _urgency(sequence: Sequence) -> int:

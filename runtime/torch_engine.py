@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -31,7 +32,9 @@ from .detokenize import TextStream
 from .directions import GateTables
 from .encoder import Encoder
 from .engine import EngineStats, Generation
-from .gating import GateTable, Smoother
+from .footprint import Room
+from .gating import Smoother
+from .grammar import Grammars
 from .loading import (
     choose_device,
     choose_dtype,
@@ -41,17 +44,32 @@ from .loading import (
     load_tokenizer,
 )
 from .module_stack import ModuleStack, PreparedModule, ResidentModule
-from .packing import blend_plan, pack, pad_rows
+from .packing import blend_plan, last_rows, pack, pad_rows
 from .prefix_cache import Reuse
+from .prompt_logprobs import Scores, prompt_scores
 from .sampling import Sampled, SamplingState, sample
 from .scheduler import Chunk, Scheduler, Sequence
-from .types import FinishReason, GenerationRequest, TokenEvent, TokenGate
+from .types import FinishReason, GenerationRequest, Grammar, TokenEvent, TokenGate
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.5
 _FAILED = "the engine failed on this request: the server's log says why"
-_Samples = dict[Sequence, Sampled | None]
+_UNSOUND = "the logits hold NaN or inf: the blend's weights are too large"
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a forward gave. samples: of sequences whose last chunk it held."""
+
+    chunks: list[Chunk]
+    samples: dict[Sequence, Sampled | None] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+
+    def is_sound(self, chunk: Chunk) -> bool:
+        """Whether the logits that a chunk was asked for are numbers."""
+        unsampled = chunk.is_last and self.samples[chunk.sequence] is None
+        return not unsampled and self.scores.get(chunk.sequence, []) is not None
 
 
 @dataclass(frozen=True)
@@ -60,13 +78,15 @@ class EngineOptions:
 
     max_length: most tokens of prompt and completion; None takes the model's, at most 4,096.
     max_concurrency: most requests that run at once. token_budget: most tokens in one forward.
-    max_waiting: most requests that wait.
+    max_waiting: most requests that wait. module_bytes: most memory of the modules that are loaded,
+    taken as a whole with the first; None: as much as they need.
     """
 
     max_length: int | None = None
     max_concurrency: int = 16
     token_budget: int = 512
     max_waiting: int = 1024
+    module_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_concurrency", "token_budget", "max_waiting"):
@@ -86,6 +106,7 @@ class TorchEngine:
     module changes.
     Use it as a context manager, or call `stop`.
 
+    on_idle: called from the engine's thread when a request has ended that ran on modules.
     tokenizer: a fast tokenizer; without one, events carry no text and stop texts are refused.
 
     Raises:
@@ -101,6 +122,8 @@ class TorchEngine:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.options = options
+        self.on_idle: Callable[[], None] = lambda: None
         self._admission = Admission(
             max_length=context_length(model.config, options.max_length),
             vocabulary=model.config.get_text_config().vocab_size,
@@ -108,8 +131,9 @@ class TorchEngine:
         )
         self._eos = end_tokens(model)
         prepare_model(model)
-        self._stack = ModuleStack(model)
+        self._stack = ModuleStack(model, options.module_bytes)
         self._tables = GateTables(self._resident, device=model.device)
+        self._grammars = Grammars(tokenizer, self._eos)
         self._encoders: dict[tuple[int, ...], Encoder] = {}
         self._cache = KVCache(options.max_concurrency, self.max_length)
         self._scheduler = Scheduler(
@@ -123,6 +147,7 @@ class TorchEngine:
         self._users: Counter[str] = Counter()
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stats = EngineStats()
+        self._beat = time.monotonic()
         self._wake = threading.Event()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="mergeroute-engine", daemon=True)
@@ -159,6 +184,11 @@ class TorchEngine:
         return self._admission.max_length
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return self._admission.vocabulary
+
+    @property
     def layers(self) -> int:
         """How many layers the backbone has."""
         count: int = self.model.config.get_text_config().num_hidden_layers
@@ -171,17 +201,26 @@ class TorchEngine:
     def submit(self, request: GenerationRequest) -> Generation:
         """Put a request into the running batch; errors as in `Engine.submit`."""
         limit = self._admission.check(request)
-        sampling, gate = request.sampling, request.gate
+        sampling, gate, grammar = request.sampling, request.gate, request.grammar
+        end_tokens = frozenset(sampling.stop_token_ids)
+        end_tokens |= frozenset() if sampling.ignore_eos else self._eos
         sequence = Sequence(
             generation=Generation(),
             blend=request.blend,
-            sampling=SamplingState(sampling, list(request.prompt_ids), len(request.prompt_ids)),
+            sampling=SamplingState(
+                sampling,
+                list(request.prompt_ids),
+                len(request.prompt_ids),
+                end_tokens,
+                self._grammars.constraint(grammar) if grammar else None,
+            ),
             limit=limit,
-            end_tokens=frozenset(sampling.stop_token_ids)
-            | (frozenset() if sampling.ignore_eos else self._eos),
+            end_tokens=end_tokens,
             text=TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
-            table=self._table(gate) if gate else None,
+            table=self._tables.table(gate) if gate else None,
             smoother=Smoother() if gate and gate.routing.smoothing else None,
+            tenant=request.tenant,
+            deadline=request.deadline,
         )
         with self._lock:
             if self._is_stopping:
@@ -195,25 +234,67 @@ class TorchEngine:
 
     def prepare_gate(self, gate: TokenGate) -> None:
         """Compute what a gate needs of its modules; see `Engine.prepare_gate`."""
-        self._table(gate)
+        self._tables.table(gate)
+
+    def prepare_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar; see `Engine.prepare_grammar`."""
+        self._grammars.constraint(grammar)
 
     def load_module(self, module: Module) -> str:
         """Make a module resident while requests run; returns its digest. Loads are counted."""
-        prepared = self._stack.prepare(module)
-        self._between_steps(lambda: self._load(prepared))
+        prepared = self.prepare_module(module)
+        self.put_module(prepared)
         return prepared.digest
 
     def unload_module(self, digest: str) -> None:
         """Undo one load; requests that run on the module keep it until they end."""
-        self._between_steps(lambda: self._unload(digest))
+        self.drop_module(digest).result()
+
+    @property
+    def room(self) -> Room:
+        """The memory that modules may take."""
+        return self._stack.room
+
+    def prepare_module(self, module: Module) -> PreparedModule:
+        """Check a module and make it ready to be put in, in the caller's thread.
+
+        Raises:
+            ModuleError: it does not fit the backbone.
+        """
+        return self._stack.prepare(module)
+
+    def put_module(self, prepared: PreparedModule) -> None:
+        """The second half of `load_module`: between two steps it is only copied.
+
+        Raises:
+            EngineError: there is no room.
+        """
+        staged = prepared.to(self.model.device)
+        self._between_steps(lambda: self._load(staged))
+
+    def drop_module(self, digest: str) -> Future[None]:
+        """As `unload_module`, before whatever is put in or dropped later, without waiting."""
+        return self._soon(lambda: self._unload(digest))
+
+    def uses_module(self, digest: str) -> bool:
+        """Whether a request that runs or waits needs the module."""
+        with self._lock:
+            return self._users[digest] > 0
 
     def encode(self, prompts: Items[tuple[int, ...]], layers: Items[int]) -> list[Tensor]:
         """Hidden states after layers of the backbone; see `Engine.encode`."""
-        key = tuple(layers)
         with self._encoding:
-            if key not in self._encoders:
-                self._encoders[key] = Encoder(self.model, layers=key)
-            return self._encoders[key].encode(prompts)
+            return self._encoder(tuple(layers)).encode(prompts)
+
+    def embed(self, prompts: Items[tuple[int, ...]]) -> Tensor:
+        """Mean hidden states of prompts after the backbone's final norm, [n, hidden], float32."""
+        with self._encoding:
+            return self._encoder((self.layers,)).embed(prompts)
+
+    def _encoder(self, layers: tuple[int, ...]) -> Encoder:
+        if layers not in self._encoders:
+            self._encoders[layers] = Encoder(self.model, layers=layers)
+        return self._encoders[layers]
 
     def stats(self) -> EngineStats:
         """Counters and load."""
@@ -222,7 +303,16 @@ class TorchEngine:
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             modules=len(self._stack),
+            silent_s=time.monotonic() - self._beat,
+            slots=self.options.max_concurrency,
         )
+
+    def modules_asked(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Digests of the modules that running requests run on, and of those that waiting ones need."""
+        unfinished = self._unfinished()
+        running = [s.digests for s in unfinished if s.slot is not None]
+        waiting = [s.digests for s in unfinished if s.slot is None]
+        return frozenset().union(*running), frozenset().union(*waiting)
 
     @property
     def is_running(self) -> bool:
@@ -240,17 +330,10 @@ class TorchEngine:
         if not self._loads[digest]:
             raise UnknownModuleError(f"module {digest} is not loaded: load it first")
 
-    def _table(self, gate: TokenGate) -> GateTable:
-        """A gate's table; modules that were evicted meanwhile leave nothing behind."""
-        table = self._tables.table(gate)
-        with self._lock:
-            gone = [d for d in gate.modules if not self._loads[d] and not self._users[d]]
-        for digest in gone:
-            self._tables.forget(digest)
-        return table
-
     def _resident(self, digest: str) -> ResidentModule:
         """A copy of what is resident of a module, taken between two steps."""
+        with self._lock:
+            self._check_loaded(digest)  # nobody waits for a step to be told so
         found: list[ResidentModule] = []
         self._between_steps(lambda: found.append(self._stack.resident(digest)))
         return found[0]
@@ -261,6 +344,7 @@ class TorchEngine:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
+                self._beat = time.monotonic()
                 self._run_tasks()
                 if self._scheduler.running or self._scheduler.waiting:
                     self._step()
@@ -285,10 +369,12 @@ class TorchEngine:
         for sequence in self._unfinished():
             if sequence.generation.is_cancelled:
                 self._finish(sequence, TokenEvent(finish_reason=FinishReason.CANCELLED))
+            elif sequence.is_late:
+                self._finish(sequence, TokenEvent(finish_reason=FinishReason.TIMEOUT))
         self._scheduler.admit(self._prepare)
         if chunks := self._scheduler.plan():
-            for computed, sampled in self._computed(chunks):
-                self._advance(computed, sampled)
+            for computed in self._computed(chunks):
+                self._advance(computed)
 
     def _unfinished(self) -> list[Sequence]:
         with self._lock:
@@ -304,31 +390,50 @@ class TorchEngine:
             return
         self._scheduler.prefixes.contents[reuse.slot].valid = reuse.length
         sequence.generation.cached_tokens = reuse.length
-        self._count(reused_tokens=reuse.length, prompt_tokens=len(sequence.tokens))
+        sequence.generation.admitted_at = time.perf_counter()
+        self._count(
+            admitted=1,
+            reused=int(reuse.length > 0),
+            reused_tokens=reuse.length,
+            prompt_tokens=len(sequence.tokens),
+        )
 
-    def _computed(self, chunks: list[Chunk]) -> list[tuple[list[Chunk], _Samples]]:
-        """The chunks with what was sampled. When a forward fails each chunk is tried alone, so that
-        the one at fault ends and its neighbours go on; computing changes nothing else.
+    def _computed(self, chunks: list[Chunk]) -> list[_Computed]:
+        """The chunks with what was sampled. When a forward fails each chunk is tried alone, and so
+        is each whose logits are no numbers: decodes share products with their neighbours' modules,
+        which may overflow. So the one at fault ends and its neighbours go on; computing changes
+        nothing else.
         """
         try:
-            return [(chunks, self._compute(chunks))]
+            computed = self._compute(chunks)
+            sound = [chunk for chunk in chunks if computed.is_sound(chunk)]
         except Exception:
             if len(chunks) == 1:
                 self._fail(chunks[0].sequence, _FAILED)
                 return []
-        return [result for chunk in chunks for result in self._computed([chunk])]
+            computed, sound = _Computed([]), []
+        if len(chunks) == 1 or len(sound) == len(chunks):
+            return [computed]
+        alone = [chunk for chunk in chunks if chunk not in sound]
+        rest = [result for chunk in alone for result in self._computed([chunk])]
+        return [replace(computed, chunks=sound), *rest]
 
-    def _advance(self, chunks: list[Chunk], sampled: _Samples) -> None:
+    def _advance(self, computed: _Computed) -> None:
         """The chunks are in the cache: tell of the tokens that were sampled."""
-        self._count(steps=1)
-        for chunk in chunks:
-            is_last = chunk.is_last
+        self._count(steps=1, rows=len(computed.chunks))
+        for chunk in computed.chunks:
+            is_last, sequence = chunk.is_last, chunk.sequence
             self._scheduler.advance(chunk)
+            scores = computed.scores.get(sequence, [])
+            if scores is None:
+                self._fail(sequence, _UNSOUND)
+                continue
+            sequence.generation.prompt_scores += scores
             if is_last:
-                self._deliver(chunk.sequence, sampled[chunk.sequence])
+                self._deliver(sequence, computed.samples[sequence])
 
-    def _compute(self, chunks: list[Chunk]) -> _Samples:
-        spans, ids, last_rows = pack(chunks)
+    def _compute(self, chunks: list[Chunk]) -> _Computed:
+        spans, ids, asked_rows = pack(chunks)
         device = self.model.device
         batch = PackedBatch(spans, device=device, cache=self._cache)
         inputs = {
@@ -336,15 +441,19 @@ class TorchEngine:
             "position_ids": batch.positions[None],
             "use_cache": False,
         }
-        kept_rows = pad_rows(last_rows)
+        kept_rows = pad_rows(asked_rows)
         with packed(batch), blending(self._blend_plan(chunks, kept_rows)):
-            if not last_rows:
+            if not asked_rows:
                 self.model.base_model(**inputs)
-                return {}
+                return _Computed(chunks)
             keep = torch.tensor(kept_rows, device=device)
-            logits = self.model(**inputs, logits_to_keep=keep).logits[0, : len(last_rows)]
+            logits = self.model(**inputs, logits_to_keep=keep).logits[0, : len(asked_rows)]
+        scores = prompt_scores(chunks, logits)
         ends = [chunk.sequence for chunk in chunks if chunk.is_last]
-        return dict(zip(ends, sample(logits, [s.sampling for s in ends]), strict=True))
+        if scores:
+            logits = logits[last_rows(chunks)]
+        sampled = sample(logits, [s.sampling for s in ends]) if ends else []
+        return _Computed(chunks, dict(zip(ends, sampled, strict=True)), scores)
 
     def _blend_plan(self, chunks: list[Chunk], kept_rows: list[int]) -> BlendPlan | None:
         """Gates per row, and segments; see `blend_plan`."""
@@ -363,11 +472,19 @@ class TorchEngine:
     def _deliver(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """Append a sampled token, and tell the caller."""
         if sampled is None:
-            self._fail(sequence, "the logits hold NaN or inf: the blend's weights are too large")
+            self._fail(sequence, _UNSOUND)
+            return
+        self._scheduler.gained(sequence)
+        if not sequence.limit:
+            self._finish(sequence, TokenEvent(finish_reason=FinishReason.LENGTH))
             return
         sequence.tokens.append(sampled.token_id)
         sequence.generated += 1
         self._count(generated_tokens=1)
+        constraint = sequence.sampling.constraint
+        if constraint and not constraint.take(sampled.token_id):
+            self._fail(sequence, f"the answer cannot keep its form: {constraint.fault}")
+            return
         try:
             event = _event(sequence, sampled)
         except Exception:
@@ -394,12 +511,18 @@ class TorchEngine:
         try:
             for digest in sequence.digests:
                 self._evict_if_unused(digest)
+            if sequence.digests:
+                self.on_idle()
         finally:
             sequence.generation.deliver(event)
 
     def _load(self, prepared: PreparedModule) -> None:
         if prepared.digest not in self._stack:
+            before = self._stack.layout
             self._stack.add(prepared)
+            if self._stack.layout != before:
+                for sequence in self._scheduler.running:
+                    sequence.gates = None
         with self._lock:
             self._loads[prepared.digest] += 1
 
@@ -421,6 +544,10 @@ class TorchEngine:
 
     def _between_steps(self, task: Callable[[], None]) -> None:
         """Run a task on the engine's thread between two steps, and wait for it."""
+        self._soon(task).result()
+
+    def _soon(self, task: Callable[[], None]) -> Future[None]:
+        """Run a task on the engine's thread before the next step, in the order of the calls."""
         done: Future[None] = Future()
 
         def run() -> None:
@@ -436,7 +563,7 @@ class TorchEngine:
                 raise EngineStoppedError("the engine is shutting down")
             self._tasks.put(run)
         self._wake.set()
-        done.result()
+        return done
 
     def _run_tasks(self) -> None:
         while True:
@@ -454,14 +581,18 @@ class TorchEngine:
 
 
 def _event(sequence: Sequence, sampled: Sampled) -> TokenEvent:
-    """What to tell of a token that was appended; an end token shows neither text nor logprob."""
+    """What to tell of a token that was appended; an end token shows no text."""
     token, text = sampled.token_id, sequence.text
     if token in sequence.end_tokens:
         shown = text.flush() if text else ""
-        return TokenEvent(token, shown, finish_reason=FinishReason.STOP)
+        told = sampled.logprob, sampled.top_logprobs
+        return TokenEvent(token, shown, *told, finish_reason=FinishReason.STOP, is_end=True)
     shown = text.push(token) if text else ""
     reason = None
     if text and text.is_stopped:
+        reason = FinishReason.STOP
+    elif sequence.sampling.constraint and sequence.sampling.constraint.is_over:
+        shown += text.flush() if text else ""
         reason = FinishReason.STOP
     elif sequence.generated >= sequence.limit:
         shown += text.flush() if text else ""

@@ -22,13 +22,15 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+    TIMEOUT = "timeout"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    max_tokens: at least 1; None allows the rest of the context.
+    max_tokens: at least 1, or 0 where only the prompt is scored; None allows the rest of the
+        context.
     temperature: 0 is greedy; at most 2.
     top_p: in (0, 1]. top_k: 0 is off. min_p: share of the best token's probability, in [0, 1].
     seed: the same tokens again, whatever else is in the batch; None draws a fresh one.
@@ -38,7 +40,9 @@ class SamplingParams:
     stop: texts that end the generation and are not returned, up to 16.
     stop_token_ids: tokens that end it, besides the model's own end tokens.
     ignore_eos: go on past the model's own end tokens.
+    min_tokens: end tokens are not chosen before so many tokens; stop texts end it all the same.
     top_logprobs: alternatives to report per token, at most 20; None reports no log-probabilities.
+    prompt_logprobs: the same for the prompt's tokens, whose cached prefix is then not reused.
 
     Raises:
         RequestError: a value out of range; `parameter` names it.
@@ -57,14 +61,17 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        least = 1 if self.prompt_logprobs is None else 0
         _check(
             "max_tokens",
             self.max_tokens,
-            "at least 1",
-            self.max_tokens is None or self.max_tokens >= 1,
+            f"at least {least}",
+            self.max_tokens is None or self.max_tokens >= least,
         )
         _check("temperature", self.temperature, "between 0 and 2", 0 <= self.temperature <= 2)
         _check("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1)
@@ -106,6 +113,15 @@ class SamplingParams:
             f"between 0 and {MAX_TOP_LOGPROBS}",
             self.top_logprobs is None or 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
         )
+        _check(
+            "prompt_logprobs",
+            self.prompt_logprobs,
+            f"between 0 and {MAX_TOP_LOGPROBS}",
+            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
+        )
+        most = math.inf if self.max_tokens is None else self.max_tokens
+        rule = "at least 0, at most max_tokens"
+        _check("min_tokens", self.min_tokens, rule, 0 <= self.min_tokens <= most)
 
     @property
     def is_greedy(self) -> bool:
@@ -120,6 +136,7 @@ class SamplingParams:
             or self.frequency_penalty
             or self.presence_penalty
             or self.repetition_penalty != 1
+            or self.min_tokens
         )
 
 
@@ -148,18 +165,35 @@ class TokenGate:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """A form that the answer must have.
+
+    text: in Lark as llguidance reads it. parameter: what it is called in errors.
+    """
+
+    text: str
+    parameter: str
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """A prompt, a blend and how to sample.
 
     prompt_ids: token ids, at least one.
     blend: weights by module *digest*, as `load_module` returned it: content, never a name.
     gate: modules that are weighed by token, on top of the blend; a module may be in both.
+    grammar: the form of the answer, which ends when it is complete and nothing can follow.
+    tenant: who asks; tenants that wait get slots in turn. None: nobody in particular.
+    deadline: when it ends as TIMEOUT if it has not yet, in seconds of `time.monotonic`.
     """
 
     prompt_ids: tuple[int, ...]
     blend: Blend = field(default_factory=Blend)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     gate: TokenGate | None = None
+    grammar: Grammar | None = None
+    tenant: str | None = None
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -171,12 +205,24 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class ScoredToken:
+    """A prompt's token under the logits that the tokens before it give.
+
+    rank: among all tokens, the best is 1. top_logprobs: the best tokens, best first.
+    """
+
+    logprob: TokenLogprob
+    rank: int
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One step of a generation.
 
     token_id: the token generated; None when the event only ends the generation.
     text: what may be shown now; lags behind the token while a character or a stop text is open.
-    logprob, top_logprobs: when asked for; None for an end token.
+    logprob, top_logprobs: when asked for. is_end: whether it is an end token, which has no text.
     finish_reason: set on the last event and only there.
     error: why, when finish_reason is ERROR.
     """
@@ -187,6 +233,7 @@ class TokenEvent:
     top_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    is_end: bool = False
 
 
 def _check(name: str, value: object, rule: str, holds: bool) -> None:

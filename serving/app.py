@@ -4,65 +4,83 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
-from uuid import uuid4
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from ..adapters.errors import MergerouteError
+from .access.guard import EVERYBODY, Guard, Policy, add_cors
+from .access.permissions import describe_for, listing_for
 from .context import Context
 from .errors import CLIENT_CLOSED, ApiError, describe, error_body, retry_headers
+from .health import Draining, add_health_routes
 from .modules.routes import add_module_routes
-from .responses import ChatShape, CompletionShape, Progress, blend_text
+from .native_routes import add_native_routes
+from .responses import ChatShape, CompletionShape, Progress, blend_text, usage
 from .schemas import ChatRequest, CompletionRequest, GenerationBody
 from .service import Assignment, Choice, Service
 from .streaming import collect, server_sent_events
-from .telemetry.metrics import Metrics, Stopwatch
+from .telemetry.metrics import Metrics
+from .telemetry.middleware import Observed
+from .telemetry.options import QUIET, Telemetry
+from .telemetry.record import RequestRecord
+from .text_routes import add_text_routes
 from .validation import read_json, validate
 
 logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 """Printable ASCII; a header holds other characters percent-encoded."""
 
 
-def create_app(service: Service) -> FastAPI:
-    """An application over a service, which is stopped with it."""
-    metrics = Metrics(service.hosted)
+def create_app(
+    service: Service, policy: Policy = EVERYBODY, telemetry: Telemetry = QUIET
+) -> FastAPI:
+    """An application over a service, which is stopped with it.
+
+    policy: who is let in. telemetry: what is told of it, whose traces end with it.
+    """
+    metrics = Metrics(service, policy, telemetry)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.stop)
+        if telemetry.traces:
+            await asyncio.to_thread(telemetry.traces.close)
 
     app = FastAPI(title="mergeroute", lifespan=lifespan)
     started = int(time.time())
     _handle_errors(app)
+    add_health_routes(app, service)
     add_module_routes(app, service)
-    app.add_middleware(_RequestIds, metrics=metrics)
+    add_text_routes(app, service)
+    add_native_routes(app, service)
+    app.add_middleware(Guard, policy=policy, limits=service.limits, routes=app.router.routes)
+    add_cors(app, policy.cors_origins)
+    app.add_middleware(Draining, service=service)
+    app.add_middleware(
+        Observed, metrics=metrics, telemetry=telemetry, routes=app.router.routes
+    )
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(
-            request, validate(await read_json(request), ChatRequest), service, metrics
-        )
+        return await _answer(request, validate(await read_json(request), ChatRequest), service)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _answer(
-            request, validate(await read_json(request), CompletionRequest), service, metrics
+            request, validate(await read_json(request), CompletionRequest), service
         )
 
     @app.post("/v1/route")
@@ -73,20 +91,13 @@ def create_app(service: Service) -> FastAPI:
         return await service.preview(validate(document, CompletionRequest), context_of(request))
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(e, started) for e in service.targets.listing()]}
+    async def models(request: Request) -> dict[str, Any]:
+        entries = listing_for(request.state.caller, service.targets)
+        return {"object": "list", "data": [_model(entry, started) for entry in entries]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        return _model(service.targets.describe(name), started)
-
-    @app.api_route("/health", methods=["GET", "HEAD"])
-    async def health() -> dict[str, str]:
-        if not service.is_running:
-            raise ApiError(
-                "an engine has stopped: restart the server", status=503, code="not_ready"
-            )
-        return {"status": "ok"}
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        return _model(describe_for(request.state.caller, service.targets, name), started)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -94,30 +105,36 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def exposition() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        metrics.prune()
+        text = await asyncio.to_thread(metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
 
-async def _answer(
-    request: Request, body: GenerationBody, service: Service, metrics: Metrics
-) -> Response:
+async def _answer(request: Request, body: GenerationBody, service: Service) -> Response:
     """Assign, submit, and answer whole or as a stream."""
-    stopwatch = Stopwatch(metrics)
-    choices = await service.start(body, context_of(request))
+    record: RequestRecord = request.state.record
+    record.ask(body, context_of(request))
+    choices = await _unless_disconnected(request, service.start(body, context_of(request)))
     assignments = list({id(c.assignment): c.assignment for c in choices}.values())
-    headers = _headers(assignments)
-    metrics.decided(assignments)
+    headers = _headers(assignments) | _cold_header(choices)
     shape_kind = ChatShape if isinstance(body, ChatRequest) else CompletionShape
     shape = shape_kind(model=body.model, choices=choices, includes_usage=body.includes_usage)
     progress = [Progress(choice) for choice in choices]
+    record.serve(progress)
+
+    def finish() -> None:
+        if request.state.account:
+            request.state.account.charge(usage(progress)["total_tokens"])
+
     if body.stream:
         lines = server_sent_events(progress, shape, includes_usage=body.includes_usage)
-        return _Stream(lines, choices, on_end=lambda: stopwatch.finish(progress), headers=headers)
+        return _Stream(lines, choices, on_end=finish, headers=headers)
     try:
         await _unless_disconnected(request, collect(progress))
     finally:
-        stopwatch.finish(progress)
+        finish()
     return JSONResponse(shape.body(progress), headers=headers)
 
 
@@ -145,7 +162,7 @@ class _Stream(StreamingResponse):
             self._on_end()
 
 
-async def _unless_disconnected(request: Request, work: Awaitable[None]) -> None:
+async def _unless_disconnected(request: Request, work: Awaitable[_Result]) -> _Result:
     """Wait for the work, and give it up, cancelling its generations, when the client is gone."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
@@ -153,7 +170,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[None]) -> None:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ApiError("the client closed the connection", status=CLIENT_CLOSED)
-        await working
+        return await working
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -168,7 +185,7 @@ async def _disconnected(request: Request) -> None:
 
 def context_of(request: Request) -> Context:
     """What comes with a request beside its body."""
-    return Context(request.headers, request_id=request.state.request_id)
+    return Context(request.headers, request.state.caller, request.state.request_id)
 
 
 def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:
@@ -189,6 +206,12 @@ def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:
     }
 
 
+def _cold_header(choices: Sequence[Choice]) -> dict[str, str]:
+    """The modules that had to be read from disk, if any."""
+    names = sorted({name for choice in choices for name in choice.cold})
+    return {"x-mergeroute-cold": quote(",".join(names), safe=_HEADER_SAFE)} if names else {}
+
+
 def _model(entry: dict[str, Any], created: int) -> dict[str, Any]:
     common = {"object": "model", "created": created, "owned_by": "mergeroute"}
     return {"id": entry["id"], **common, **entry}
@@ -196,11 +219,11 @@ def _model(entry: dict[str, Any], created: int) -> dict[str, Any]:
 
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(MergerouteError)
-    async def ours(_: Request, error: Exception) -> Response:
+    async def ours(request: Request, error: Exception) -> Response:
         status, body = describe(error)
-        if status >= 500:
-            logger.error("a request failed", exc_info=error)
-        return JSONResponse(body, status_code=status, headers=retry_headers(status))
+        if status == 500:
+            logger.error("request %s failed", request.state.request_id, exc_info=error)
+        return JSONResponse(body, status_code=status, headers=retry_headers(status, error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: Exception) -> Response:
@@ -215,36 +238,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        status, body = describe(error)
+        status, body = describe(error)  # uvicorn logs the traceback
+        logger.error("request %s failed: %s", request.state.request_id, type(error).__name__)
         headers = {"x-request-id": request.state.request_id}
         return JSONResponse(body, status_code=status, headers=headers)
-
-
-class _RequestIds:
-    """ASGI middleware: every answer carries `x-request-id` and is counted by route and status."""
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 500
-
-        async def send_with_id(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        finally:
-            route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.requests.labels(route, str(status)).inc()

@@ -153,7 +153,7 @@ def _prompts(recipe: Recipe) -> list[tuple[Example, str | None]]:
     return read_prompts(
         Path(recipe.router.data or ""),
         None if none is None else Path(none),
-        {name: name for name in names},
+        {name: name for name in names}.get,
         modules=names,
     )
 

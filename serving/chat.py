@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,6 +13,8 @@ from jinja2 import TemplateError
 from ..routers.base import Turn
 from .errors import ApiError
 from .schemas import Message
+
+_PLAIN: Mapping[str, Any] = {"add_generation_prompt": True, "continue_final_message": False}
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,17 @@ class Prompt:
         return self.read_turns()
 
 
-def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:  # noqa: ANN401
+def chat_prompt(
+    tokenizer: Any,  # noqa: ANN401 - transformers is untyped
+    messages: Sequence[Message],
+    arguments: Mapping[str, Any] = _PLAIN,
+) -> Prompt:
     """Render a conversation with the backbone's chat template.
 
+    arguments: what the template is told beside the messages; the router's turns go without.
+
     Raises:
-        ApiError: the backbone has no chat template, or it refuses these messages.
+        ApiError: the backbone has no chat template, or it refuses these messages or arguments.
     """
     if not tokenizer.chat_template:
         raise ApiError(
@@ -44,13 +53,16 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> Prompt:  # noqa:
             "its tokenizer",
             param="messages",
         )
-    return Prompt(_render(tokenizer, messages), lambda: _turns(tokenizer, messages))
+    _check_arguments(tokenizer, arguments)
+    ids = _render(tokenizer, messages, arguments)
+    _check_tools(tokenizer, messages, arguments, ids)
+    return Prompt(ids, lambda: _turns(tokenizer, messages))
 
 
 def text_prompt(tokenizer: Any, prompt: str | list[int]) -> Prompt:  # noqa: ANN401
     """A prompt of /v1/completions: tokenized as it stands, or token ids already."""
     if isinstance(prompt, str):
-        ids = tuple(tokenizer(prompt)["input_ids"])
+        ids = tuple(tokenizer(prompt, verbose=False)["input_ids"])  # the engine checks the length
         return Prompt(ids, lambda: (Turn(ids, prompt),))
     return Prompt(tuple(prompt), lambda: (Turn(tuple(prompt), tokenizer.decode(prompt)),))
 
@@ -70,13 +82,61 @@ def _turns(tokenizer: Any, messages: Sequence[Message]) -> tuple[Turn, ...]:  # 
     return tuple(Turn(_render(tokenizer, [message]), message.text) for message in said)
 
 
-def _render(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:  # noqa: ANN401
-    conversation = [
-        {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages
-    ]
+def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """The caller's own arguments reach the template alone, not the code that renders it."""
+    ours = signature(tokenizer.apply_chat_template).parameters.keys() - _PLAIN.keys() - {"tools"}
+    if taken := sorted(ours & arguments.keys()):
+        raise ApiError(
+            f"chat_template_kwargs may not hold {taken[0]!r}, which is not the template's: leave "
+            "it out",
+            param="chat_template_kwargs",
+        )
+
+
+def _check_tools(
+    tokenizer: Any,  # noqa: ANN401
+    messages: Sequence[Message],
+    arguments: Mapping[str, Any],
+    rendered: tuple[int, ...],
+) -> None:
+    """A template that leaves out tools, or calls of them, would answer as if there were none."""
+    remedy = "use a chat template with tools, or leave them out"
+    if arguments.get("tools"):
+        without = {name: value for name, value in arguments.items() if name != "tools"}
+        if _render(tokenizer, messages, without) == rendered:
+            raise ApiError(f"the backbone's chat template has no tools: {remedy}", param="tools")
+    if any(message.tool_calls for message in messages):
+        silent = [message.model_copy(update={"tool_calls": ()}) for message in messages]
+        if _render(tokenizer, silent, arguments) == rendered:
+            raise ApiError(
+                f"the backbone's chat template has no tool_calls: {remedy}", param="messages"
+            )
+
+
+def _as_template_reads(message: Message) -> dict[str, Any]:
+    role = "system" if message.role == "developer" else message.role
+    calls = [call.for_template for call in message.tool_calls]
+    return {
+        "role": role,
+        "content": message.text,
+        **({"tool_calls": calls} if calls else {}),
+        **({"tool_call_id": message.tool_call_id} if message.tool_call_id else {}),
+    }
+
+
+def _render(
+    tokenizer: Any,  # noqa: ANN401
+    messages: Sequence[Message],
+    arguments: Mapping[str, Any] = _PLAIN,
+) -> tuple[int, ...]:
+    conversation = [_as_template_reads(message) for message in messages]
     try:
         ids = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+            conversation,
+            tokenize=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},  # the engine checks the length
+            **arguments,
         )
     except (TemplateError, ValueError, TypeError) as error:
         raise ApiError(

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from ..adapters.errors import MergerouteError
 from .cli_banks import bank_commands
+from .cli_keys import key_commands
 from .cli_router import route_command, router_commands
 from .options import DeviceOption, DtypeOption, JsonOption, console
 from .settings import DEFAULT_PORT, ServeSettings, UsageError, read_settings
@@ -29,9 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bank_commands)
+app.add_typer(key_commands)
 app.add_typer(route_command)
 app.add_typer(router_commands)
 
+OPEN_TO_ALL = (
+    "anybody who reaches %s may use the models, since no API keys are set: start with --api-keys "
+    "FILE, or listen on 127.0.0.1. Routes that administer are refused meanwhile."
+)
 DEMO_BANK = Path(__file__).parent / "demo_bank"
 
 
@@ -46,6 +52,12 @@ class LogFormat(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+
+
+class Compatible(StrEnum):
+    """Servers whose metrics' names are known."""
+
+    VLLM = "vllm"
 
 
 HostOption = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
@@ -120,7 +132,33 @@ def serve(
             metavar="DIR", help="Folder that modules may be loaded from; repeatable. [default: .]"
         ),
     ] = None,
+    module_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most memory of modules, as 2GB; the others are read when asked for. "
+            "[default: all stay in memory]",
+        ),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that loads are kept in for a restart, or none. "
+            "[default: ~/.local/state/mergeroute/PORT]",
+        ),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="API keys; see: mergeroute key. [default: none needed]"),
+    ] = None,
     log_format: Annotated[LogFormat | None, typer.Option(help="Form of the log lines.")] = None,
+    metrics_compat: Annotated[
+        Compatible | None, typer.Option(help="Whose metrics to show beside ours.")
+    ] = None,
+    otel: Annotated[
+        bool | None, typer.Option("--otel", help="Send OpenTelemetry traces, as OTEL_* says.")
+    ] = None,
 ) -> None:
     """Serve banks, or a backbone with LoRA modules, behind the OpenAI API."""
     overrides = {
@@ -136,7 +174,12 @@ def serve(
         "max_length": max_length,
         "max_concurrency": max_concurrency,
         "module_roots": tuple(module_root or ()),
+        "module_memory": module_memory,
+        "state": state,
+        "api_keys": None if api_keys is None else str(api_keys),
         "log_format": log_format,
+        "metrics_compat": metrics_compat,
+        "otel": otel,
     }
     _serve(read_settings(config, overrides))
 
@@ -176,26 +219,35 @@ def inspect(
 
 
 def _serve(settings: ServeSettings) -> None:
+    from .access.guard import is_loopback
     from .hosting import host_banks
     from .server import bind, configure_logging, run
     from .service import Service
 
     configure_logging(settings.log_format)
     options = settings.service_options
+    telemetry = settings.telemetry
     listening = bind(settings.host, settings.port)
+    folder = None
     try:
+        folder = settings.state_folder(listening.getsockname()[1])
+        policy = settings.policy(is_exposed=not is_loopback(listening.getsockname()[0]))
         with console.status("loading") as status:
             banks = settings.open_banks(report=status.update)
             say = _say if settings.log_format == "text" else logging.getLogger("mergeroute").info
             hosted = host_banks(banks, settings.placement, report=say)
-            service = Service(hosted, options)
+            service = Service(hosted, options, folder)
     except BaseException:
         listening.close()
+        if folder:
+            folder.close()
         raise
     host, port = listening.getsockname()[:2]
     say("models: " + ", ".join(entry["id"] for entry in service.targets.listing()))
+    if policy.is_exposed and policy.keys is None:
+        logging.getLogger("mergeroute").warning(OPEN_TO_ALL, host)
     say(f"ready: http://{host}:{port}/v1  (Ctrl+C stops)")
-    run(service, listening)
+    run(service, listening, policy, telemetry)
 
 
 def _say(text: str) -> None:

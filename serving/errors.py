@@ -10,6 +10,7 @@ from ..adapters.errors import (
     EngineError,
     EngineStoppedError,
     MergerouteError,
+    ModuleUnavailableError,
     QueueFullError,
     RequestError,
     RouterError,
@@ -44,10 +45,12 @@ _TYPES = {
     403: "permission_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     409: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 
 _STATUS: tuple[tuple[type[MergerouteError], int, str | None], ...] = (
@@ -56,6 +59,7 @@ _STATUS: tuple[tuple[type[MergerouteError], int, str | None], ...] = (
     (BlendError, 400, None),
     (UnknownTargetError, 404, "model_not_found"),
     (UnknownModuleError, 404, "model_not_found"),
+    (ModuleUnavailableError, 503, "module_unavailable"),
     (QueueFullError, 429, "queue_full"),
     (EngineStoppedError, 503, "not_ready"),
     (RouterError, 500, "router_failed"),
@@ -90,9 +94,12 @@ _PARAMS: dict[type[MergerouteError], str] = {
     BlendError: "blend",
     UnknownTargetError: "model",
     UnknownModuleError: "model",
+    ModuleUnavailableError: "model",
 }
 
 
-def retry_headers(status: int) -> dict[str, str]:
+def retry_headers(status: int, error: Exception | None = None) -> dict[str, str]:
     """`Retry-After` where trying again helps."""
+    if isinstance(error, QueueFullError):
+        return {"Retry-After": str(error.retry_s)}
     return {"Retry-After": str(_RETRY_AFTER_S[status])} if status in _RETRY_AFTER_S else {}

@@ -21,6 +21,7 @@ from ..adapters.errors import (
 from ..routers.base import Card, Decision, Query
 from ..routers.router import Router
 from ..routers.store import load_router
+from ..runtime.residency import Residency
 from ..runtime.torch_engine import EngineOptions, TorchEngine
 from ..runtime.types import GenerationRequest, SamplingParams, TokenGate
 
@@ -30,11 +31,18 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 
 @dataclass(frozen=True)
 class Placement:
-    """Where engines run. device, dtype: as on the command line."""
+    """Where engines run, and what of their modules is in memory from the start.
+
+    device, dtype: as on the command line. pinned: names of modules that stay in memory, bare or
+    after their bank's name and a colon. prefetch: those that are read into memory as long as
+    there is room; None: all, bank by bank.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     options: EngineOptions = field(default_factory=EngineOptions)
+    pinned: tuple[str, ...] = ()
+    prefetch: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,18 +51,24 @@ class HostedBank:
 
     bank: with the modules that are served now; its digest is of what is served now.
     opened: the bank as it was opened.
-    digests: of its modules as the engine knows them, by name. shared: of its always-on module.
+    residency: what keeps the modules of its engine.
+    digests: of its modules, by name. shared: of its always-on module.
     changes: digests of what became of modules since the bank was opened, None of those that went.
     """
 
     bank: Bank
     opened: Bank
-    engine: TorchEngine
+    residency: Residency
     digests: Mapping[str, str]
     shared: str | None = None
     router: Router | None = None
     defaults: SamplingParams = field(default_factory=SamplingParams)
     changes: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> TorchEngine:
+        """What runs the backbone."""
+        return self.residency.engine
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
@@ -89,8 +103,18 @@ class HostedBank:
             return None
         return TokenGate(decision.token_routing, tuple(set(self.digests.values())))
 
+    def needed(self, decision: Decision) -> tuple[str, ...]:
+        """Digests of the modules that carrying a decision out takes, the shared one among them."""
+        gate = self.gate(decision)
+        return (*self._by_digest(decision.blend), *(gate.modules if gate else ()))
+
+    def names(self, digests: Sequence[str]) -> tuple[str, ...]:
+        """What the bank calls modules."""
+        return tuple(name for name, digest in self.digests.items() if digest in digests)
+
     def with_module(self, entry: BankModule, digest: str, card: Card) -> HostedBank:
-        """This bank and one module more, or with the module of this name replaced.
+        """This bank and one module more, or with the module of this name replaced. The router
+        forgets what it knew of other weights under the name.
 
         digest: of the module, which the engine has loaded. card: what the router is told of it.
 
@@ -102,13 +126,14 @@ class HostedBank:
             "samples": entry.samples,
             "description": entry.description,
         }
-        if not entry.samples:  # the router goes by what it was told before
+        is_same = digest == self.digests.get(entry.name)
+        if is_same and not entry.samples:  # the router goes by what it was told before
             said["before"] = self.changes.get(entry.name)
         modules = {module.name: module for module in self.bank.modules} | {entry.name: entry}
         return self._changed(
             modules,
             {**self.digests, entry.name: digest},
-            self.router and self.router.with_module(card),
+            self.router and self.router.with_module(card, is_same=is_same),
             {**self.changes, entry.name: json_digest(said)},
         )
 
@@ -138,7 +163,8 @@ class HostedBank:
             )
         try:
             if gate := self.gate(self.router.route(Query.of((0, 1)))):
-                self.engine.prepare_gate(gate)
+                with self.residency.hold_now(gate.modules):
+                    self.engine.prepare_gate(gate)
         except (RouterError, RequestError, RuntimeError) as error:
             raise _unfit(self.bank, error) from error
 
@@ -181,53 +207,97 @@ def host_banks(
     Raises:
         MergerouteError: a bank cannot be served.
     """
-    engines: dict[str, TorchEngine] = {}
+    _check_names(banks, (*placement.pinned, *(placement.prefetch or ())))
+    residencies: dict[str, Residency] = {}
     try:
-        return [_host(bank, engines, placement, report) for bank in banks]
+        return [_host(bank, residencies, placement, report) for bank in banks]
     except BaseException:
-        for engine in engines.values():
-            engine.stop()
+        for residency in residencies.values():
+            residency.stop()
         raise
 
 
 def _host(
-    bank: Bank, engines: dict[str, TorchEngine], placement: Placement, report: Report
+    bank: Bank, residencies: dict[str, Residency], placement: Placement, report: Report
 ) -> HostedBank:
     backbone = bank.backbone
-    if backbone.digest not in engines:
+    if backbone.digest not in residencies:
         engine = TorchEngine.load(
             backbone.path,
             device=placement.device,
             dtype=placement.dtype,
             options=placement.options,
         )
-        engines[backbone.digest] = engine
+        residencies[backbone.digest] = Residency(engine)
         report(
             f"backbone {backbone.name} {short(backbone.digest)}: {engine.model.device}, "
             f"{str(engine.model.dtype).removeprefix('torch.')}, context {engine.max_length:,}"
         )
-    engine = engines[backbone.digest]
-    digests = {}
-    for entry in bank.modules:
-        module = bank.load(entry)
-        digests[entry.name] = engine.load_module(module)
-        report(f"module {bank.name}:{entry.name}: {module.coverage(backbone.layers)}")
+    residency = residencies[backbone.digest]
     shared = None
     if bank.shared is not None:
-        module = bank.load(bank.shared)
-        shared = engine.load_module(module)
-        report(f"shared module of {bank.name}: {module.coverage(backbone.shapes)}")
+        shared = _register(bank, bank.shared, residency, report, is_pinned=True)
+    digests = {
+        entry.name: _register(
+            bank,
+            entry,
+            residency,
+            report,
+            is_pinned=_is_named(bank, entry, placement.pinned),
+            is_wanted=placement.prefetch is None or _is_named(bank, entry, placement.prefetch),
+        )
+        for entry in bank.modules
+    }
     hosted = HostedBank(
         bank=bank,
         opened=bank,
-        engine=engine,
+        residency=residency,
         digests=digests,
         shared=shared,
-        router=_router(bank, engine),
+        router=_router(bank, residency.engine),
         defaults=_defaults(backbone.path),
     )
     hosted.check_router()
     return hosted
+
+
+def _register(
+    bank: Bank,
+    entry: BankModule,
+    residency: Residency,
+    report: Report,
+    *,
+    is_pinned: bool,
+    is_wanted: bool = True,
+) -> str:
+    module = bank.load(entry)
+    digest = residency.register(
+        module, lambda: bank.load(entry), is_pinned=is_pinned, is_wanted=is_wanted
+    )
+    cold = "" if residency.info(digest).is_resident else "; read when it is asked for"
+    if entry is bank.shared:
+        report(f"shared module of {bank.name}: {module.coverage(bank.backbone.shapes)}{cold}")
+    else:
+        report(f"module {bank.name}:{entry.name}: {module.coverage(bank.backbone.layers)}{cold}")
+    return digest
+
+
+def _check_names(banks: Sequence[Bank], names: Sequence[str]) -> None:
+    """Every name is that of a module, bare or after its bank's."""
+    known = {name for bank in banks for module in bank.modules for name in _names(bank, module)}
+    if unknown := [name for name in names if name not in known]:
+        raise UnknownTargetError(
+            f"{unknown[0]!r} is to be pinned or prefetched, and no bank has such a module; there "
+            f"are: {', '.join(sorted(known)) or 'none'}"
+        )
+
+
+def _is_named(bank: Bank, module: BankModule, names: Sequence[str]) -> bool:
+    return any(name in names for name in _names(bank, module))
+
+
+def _names(bank: Bank, module: BankModule) -> tuple[str, str]:
+    return module.name, f"{bank.name}:{module.name}"
 
 
 def _router(bank: Bank, engine: TorchEngine) -> Router | None:

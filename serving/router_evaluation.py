@@ -17,7 +17,7 @@ from ..routers.data import Example, read_examples
 from ..routers.report import NONE, Case, RouterReport, report
 from .asking import Asker, Outcome
 from .figures import AUTO, BACKBONE, ORACLE, shortfalls
-from .fitting import bank_homes
+from .fitting import homes_of, read_none
 from .hosting import Placement, host_banks
 from .scoring import MetricName, metric
 from .service import Service
@@ -157,9 +157,9 @@ def evaluate_router(
     """
     if bank.router_path is None:
         raise BankError(f"bank {bank.name!r} has no router: fit one (mergeroute router fit)")
-    homes = bank_homes(bank, data)
-    examples = [(e, homes.get(str(e.task))) for e in read_examples(data, needs=("task",))]
-    examples += [(example, None) for example in (read_examples(none) if none else ())]
+    home = homes_of(bank)
+    examples = [(e, home(str(e.task))) for e in read_examples(data, needs=("task",))]
+    examples += [(example, None) for example in (read_none(none, home) if none else ())]
     if answers and all(example.answer is None for example, _ in examples):
         raise DataError(f"{data} holds no answers: leave out --answers, or add them")
     said = answers or AnswerOptions()

@@ -19,10 +19,14 @@ from pydantic import (
 from ..adapters.errors import RequestError, RouterError
 from ..routers.token_routing import TokenRouting
 from ..runtime.types import MAX_STOPS, MAX_TOP_LOGPROBS, SamplingParams
+from .formats.response_format import StructuredFields
+from .formats.tools import MAX_TOOLS, ToolCall, ToolFields
 
 MAX_CHOICES = 128
 MAX_CONVERSATION_ID = 512
 MAX_SAMPLES = 1000
+MAX_BLENDED = 1024
+MAX_EMBEDDED = 2048
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; chat may use the rest of the context."""
 
@@ -68,11 +72,24 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """One message of a conversation. name: a label of its author; changes nothing."""
+    """One message of a conversation. name: a label of its author; changes nothing.
 
-    role: Literal["system", "developer", "user", "assistant"]
+    tool_calls: what an assistant called. tool_call_id: what a tool answers to.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | tuple[TextPart, ...] | None = None
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = Field((), max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _calls_or_answers(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role!r} has no tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id goes with a message of role 'tool', and only with one")
+        return self
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -100,9 +117,63 @@ _LabelName = Annotated[
 ]
 _LabelValue = Annotated[str, StringConstraints(max_length=512)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
+_AT_ONCE = Field(fail_fast=True)
+_Ids = Annotated[list[int], _AT_ONCE]
+_Prompts = str | _Ids | Annotated[list[str], _AT_ONCE] | Annotated[list[_Ids], _AT_ONCE]
+"""A long list that is wrong is wrong at its first item: a million errors would take seconds."""
 
 
-class _Generation(_Body):
+class _Templated(_Body):
+    """How the chat template is applied."""
+
+    add_generation_prompt: bool | None = Field(None, description="the template opens an answer")
+    continue_final_message: bool = Field(False, description="go on where the last message ends")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, max_length=64, description="more that the chat template may look at"
+    )
+
+    @model_validator(mode="after")
+    def _opens_or_continues(self) -> _Templated:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "an answer is opened or the final message continued, not both: leave one out",
+                parameter="continue_final_message",
+            )
+        return self
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template is told beside the messages."""
+        opens_answer = self.add_generation_prompt
+        if opens_answer is None:
+            opens_answer = not self.continue_final_message
+        return {
+            "add_generation_prompt": opens_answer,
+            "continue_final_message": self.continue_final_message,
+            **self.chat_template_kwargs,
+        }
+
+
+class MergedAdapters(_Body):
+    """LoRAX's blend. weights: one per id; none: all 1. density and majority_sign_method belong to
+    strategies that are refused, and a linear merge does not look at them.
+    """
+
+    ids: tuple[str, ...] = Field(min_length=1, max_length=MAX_BLENDED)
+    weights: tuple[float, ...] = ()
+    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
+    density: float | None = Field(None, ge=0, le=1)
+    majority_sign_method: Literal["total", "frequency"] | None = None
+
+
+class LoraScale(_Body):
+    """One module of llama.cpp's blend. id: its number in GET /lora-adapters."""
+
+    id: int = Field(ge=0)
+    scale: float
+
+
+class _Generation(StructuredFields):
     """What chat and text completions share; ranges of sampling values are checked by the engine."""
 
     model: str = Field("auto", description="target", max_length=2048)
@@ -126,6 +197,10 @@ class _Generation(_Body):
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field((), max_length=MAX_STOPS)
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0, description="no end token before so many tokens")
+    prompt_logprobs: int | None = Field(None, description="log-probabilities of the prompt, 0-20")
+    return_token_ids: bool = Field(False, description="token_ids and prompt_token_ids beside text")
+    return_tokens_as_token_ids: bool = Field(False, description="tokens as token_id:ID in logprobs")
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -135,6 +210,22 @@ class _Generation(_Body):
     user: str | None = Field(None, description="a label of the caller; changes nothing")
     safety_identifier: str | None = Field(None, description="as user, its newer name")
     prompt_cache_key: str | None = Field(None, description="a hint; prefixes are reused anyway")
+
+    adapter_id: str | None = Field(None, description="LoRAX, TGI: a module")
+    adapter_source: Literal["local"] | None = Field(None, description="LoRAX: loaded modules only")
+    merged_adapters: MergedAdapters | None = Field(None, description="LoRAX: a blend")
+    adapter: str | None = Field(None, description="mistral.rs: a module")
+    lora: tuple[LoraScale, ...] | None = Field(None, description="llama.cpp: a blend by numbers")
+
+    @model_validator(mode="after")
+    def _whole_answers_tell_of_prompts(self) -> _Generation:
+        for name in ("prompt_logprobs", "return_token_ids"):
+            if self.stream and getattr(self, name) not in (None, False):
+                raise RequestError(
+                    f"{name} is not available when stream is true: leave one of them out",
+                    parameter=name,
+                )
+        return self
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _Generation:
@@ -162,6 +253,7 @@ class _Generation(_Body):
         choice: int,
         max_tokens: int | None,
         top_logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> SamplingParams:
         """Parameters of one choice; what the body leaves open comes from the defaults."""
 
@@ -183,14 +275,16 @@ class _Generation(_Body):
             stop=self.stop,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_Generation, _Templated, ToolFields):
     """`POST /v1/chat/completions`."""
 
-    messages: tuple[Message, ...] = Field(min_length=1)
+    messages: tuple[Message, ...] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, description="older name of max_completion_tokens")
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -208,19 +302,46 @@ class ChatRequest(_Generation):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tools_answer_calls(self) -> ChatRequest:
+        called: set[str] = set()
+        for index, message in enumerate(self.messages):
+            called |= {call.id for call in message.tool_calls}
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                raise RequestError(
+                    f"tool_call_id {message.tool_call_id!r} is of no tool call before it",
+                    parameter=f"messages.{index}.tool_call_id",
+                )
+        return self
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """What the chat template is told beside the messages."""
+        offered = [tool.for_template for tool in self.offered]
+        return super().template_arguments | ({"tools": offered} if offered else {})
+
     def sampling(self, defaults: SamplingParams, choice: int) -> SamplingParams:
         """Parameters of one choice."""
         limit = self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+        if limit == 0:
+            raise RequestError("max_tokens is 0, allowed is at least 1", parameter="max_tokens")
         top = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling(defaults, choice=choice, max_tokens=limit, top_logprobs=top)
+        return self._sampling(
+            defaults,
+            choice=choice,
+            max_tokens=limit,
+            top_logprobs=top,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 class CompletionRequest(_Generation):
     """`POST /v1/completions`. prompt: a text or its token ids, or a list of either."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: _Prompts
     max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
     logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = Field(False, description="the prompt first, with its logprobs where asked for")
 
     @model_validator(mode="after")
     def _has_prompts(self) -> CompletionRequest:
@@ -236,16 +357,33 @@ class CompletionRequest(_Generation):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        token_ids = [item for item in self.prompt if isinstance(item, int)]
-        return [token_ids] if token_ids else [p for p in self.prompt if not isinstance(p, int)]
+        return _one_by_one(self.prompt)
 
     def sampling(self, defaults: SamplingParams, choice: int) -> SamplingParams:
-        """Parameters of one choice."""
+        """Parameters of one choice; an echo with logprobs scores the prompt, and so does one that
+        generates nothing.
+        """
+        if self.max_tokens == 0 and not (self.echo or self.prompt_logprobs is not None):
+            raise RequestError(
+                "max_tokens is 0, allowed is at least 1, or 0 with echo or prompt_logprobs",
+                parameter="max_tokens",
+            )
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        scored = max((count for count in asked if count is not None), default=None)
         return self._sampling(
-            defaults, choice=choice, max_tokens=self.max_tokens, top_logprobs=self.logprobs
+            defaults,
+            choice=choice,
+            max_tokens=self.max_tokens,
+            top_logprobs=self.logprobs,
+            prompt_logprobs=0 if scored is None and self.max_tokens == 0 else scored,
         )
+
+
+def _one_by_one(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(given, str):
+        return [given]
+    token_ids = [item for item in given if isinstance(item, int)]
+    return [token_ids] if token_ids else [item for item in given if not isinstance(item, int)]
 
 
 GenerationBody = ChatRequest | CompletionRequest
@@ -259,35 +397,94 @@ class LoadModuleRequest(_Body):
     lora_name: str = Field("", description="name, or bank:name")
     lora_path: str = Field("", description="folder under one of the server's module roots")
     load_inplace: bool = Field(False, description="replace the module that has this name")
+    expected_generation: int | None = Field(
+        None, ge=0, description="of what has the name now, 0: nothing; else 409"
+    )
+    base_model_name: str | None = Field(None, description="the backbone it must be loaded onto")
+    pinned: bool = Field(False, description="it stays in memory")
     description: str | None = Field(None, max_length=4096, description="what it is for")
     samples: tuple[_Sample, ...] = Field((), max_length=MAX_SAMPLES, description="its prompts")
+
+
+class EmbeddingRequest(_Body):
+    """`POST /v1/embeddings`. input: a text or its token ids, or a list of either."""
+
+    input: _Prompts
+    model: str = Field("auto", description="the backbone, a bank or auto", max_length=2048)
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="keep so many, of length 1 again")
+    user: str | None = Field(None, description="a label of the caller; changes nothing")
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The inputs one by one."""
+        return _one_by_one(self.input)
+
+    @model_validator(mode="after")
+    def _has_inputs(self) -> EmbeddingRequest:
+        if not 1 <= len(self.inputs) <= MAX_EMBEDDED:
+            raise RequestError(
+                f"input holds {len(self.inputs):,} inputs, 1 to {MAX_EMBEDDED:,} are allowed",
+                parameter="input",
+            )
+        return self
+
+
+class TokenizeRequest(_Templated):
+    """`POST /tokenize`, in vLLM's shape: a prompt, or messages with the chat template around them.
+
+    add_special_tokens: default true for a prompt, and false for messages, whose template adds them.
+    """
+
+    model: str = Field("auto", max_length=2048)
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give prompt or messages, one of them", parameter="prompt")
+        if self.messages and self.add_special_tokens:
+            raise RequestError(
+                "the chat template adds the special tokens of messages: leave it out",
+                parameter="add_special_tokens",
+            )
+        return self
+
+
+class DetokenizeRequest(_Body):
+    """`POST /detokenize`, in vLLM's shape."""
+
+    model: str = Field("auto", max_length=2048)
+    tokens: tuple[int, ...] = Field(fail_fast=True)
 
 
 class UnloadModuleRequest(_Body):
     """`POST /v1/unload_lora_adapter`."""
 
     lora_name: str = Field("", description="name, or bank:name")
+    lora_int_id: int | None = Field(None, description="vLLM's number of it; the name alone counts")
+    expected_generation: int | None = Field(None, ge=0, description="else 409")
 
 
 NO_EFFECT: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "parallel_tool_calls": (True, False),
-    "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "modalities": (["text"],),
     "functions": ([],),
-    "min_tokens": (0,),
     "skip_special_tokens": (True,),
-    "add_generation_prompt": (True,),
+    "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
     "length_penalty": (1.0,),
     "priority": (0,),
-    "chat_template_kwargs": ({},),
-    "tool_calls": ([],),
+    "is_3d_lora_weight": (False,),
     "annotations": ([],),
 }
 """Parameters, of bodies and messages, that are not supported, with the values that ask for nothing
@@ -295,7 +492,17 @@ and so are accepted.
 """
 
 
-_FREE = ("blend", "logit_bias", "metadata", "routing")
+_FREE = (
+    "blend",
+    "chat_template_kwargs",
+    "guided_json",
+    "logit_bias",
+    "metadata",
+    "response_format",
+    "routing",
+    "structured_outputs",
+    "tools",
+)
 """Objects whose keys are the caller's, and no parameters."""
 
 

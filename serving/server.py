@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import os
 import socket
 import time
-from contextlib import suppress
+from types import FrameType
 
 import transformers
 import uvicorn
 
+from .access.connections import connection_within
+from .access.guard import EVERYBODY, Policy
+from .access.redaction import WithoutKeys
 from .app import create_app
+from .readers import reading_within
 from .service import Service
 from .settings import SettingsError
+from .telemetry.options import QUIET, Telemetry
+from .telemetry.request_log import JsonLines, TextLines
 
-DRAIN_S = 25
-"""How long running requests may go on after the server is told to stop."""
+logger = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 5
+"""For connections to close, once nothing is waited for any more."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -42,58 +48,77 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(service: Service, listening: socket.socket) -> None:
-    """Serve until interrupted; running requests get time to end."""
-    config = uvicorn.Config(
-        create_app(service), log_config=None, timeout_graceful_shutdown=DRAIN_S + _LAST_WORDS_S
+def configuration(
+    service: Service, policy: Policy = EVERYBODY, telemetry: Telemetry = QUIET
+) -> uvicorn.Config:
+    """How uvicorn runs a service. policy: who is let in. telemetry: what is told of it."""
+    limits = service.limits
+    return uvicorn.Config(
+        create_app(service, policy, telemetry),
+        log_config=None,
+        access_log=False,  # telemetry has lines of its own
+        timeout_graceful_shutdown=_LAST_WORDS_S,
+        http=reading_within(
+            connection_within(limits.header_seconds), service.pressure.stalled_reader_seconds
+        ),
+        h11_max_incomplete_event_size=limits.header_bytes,
+        limit_concurrency=limits.connections,
     )
-    with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then
-        Server(config, service).run(sockets=[listening])
+
+
+def run(
+    service: Service,
+    listening: socket.socket,
+    policy: Policy = EVERYBODY,
+    telemetry: Telemetry = QUIET,
+) -> None:
+    """Serve until told to stop, and drain. policy: who is let in."""
+    Server(configuration(service, policy, telemetry), service).run(sockets=[listening])
 
 
 class Server(uvicorn.Server):
-    """Running requests get DRAIN_S to end; what still runs then ends with an error of ours, before
-    uvicorn would cut its connection.
+    """Told to stop (SIGTERM, Ctrl+C), it drains: it goes on listening, to say that it is not ready
+    and to refuse what is new, until running requests have ended. Those that take longer than
+    `pressure.drain_seconds` end with an error. Told twice, it quits at once.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._drained_by: float | None = None
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, drain, stop the engines."""
-        ending = asyncio.create_task(self._end_generations())
-        try:
-            await super().shutdown(sockets)
-        finally:
-            ending.cancel()
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain; at the second signal, quit. uvicorn would raise the signal again afterwards."""
+        if self._service.is_draining:
+            os._exit(128 + sig)
+        self._service.drain()
 
-    async def _end_generations(self) -> None:
-        await asyncio.sleep(DRAIN_S)
-        await asyncio.to_thread(self._service.stop)
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; whether to shut down."""
+        if self._service.is_draining:
+            await self._drain()
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        allowed_s = self._service.pressure.drain_seconds
+        if self._drained_by is None:
+            self._drained_by = time.monotonic() + allowed_s
+            logger.info(
+                "draining: %d requests get %g s to end; Ctrl+C quits at once",
+                len(self.server_state.tasks),
+                allowed_s,
+            )
+        if time.monotonic() >= self._drained_by:
+            await asyncio.to_thread(self._service.stop)
+            self.should_exit = True
+        elif not self.server_state.tasks:
+            self.should_exit = True
 
 
 def configure_logging(log_format: str) -> None:
-    """Log lines on standard error, as text or as one JSON object a line. Prompts are not logged."""
+    """Log lines on standard error, as text or as one JSON object a line."""
     handler = logging.StreamHandler()
-    if log_format == "json":
-        handler.setFormatter(_JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    formatter = JsonLines() if log_format == "json" else TextLines()
+    handler.setFormatter(WithoutKeys(formatter))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     transformers.utils.logging.disable_progress_bar()
-
-
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..routers.base import Decision
+from ..routers.rules import SECRET_HEADERS
 from .errors import ApiError
 from .schemas import MAX_CONVERSATION_ID, GenerationBody
 
 SESSION_HEADER = "x-session-id"
-_SECRET = frozenset(("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key"))
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class SessionKey:
     """A conversation with one bank's router.
 
     bank: digest of the bank as it was opened, so that modules may come and go meanwhile.
+    caller: whose it is: nobody goes on with another key's conversation.
     """
 
     bank: str
     router: str
     conversation: str
+    caller: str = ""
 
 
 class Sessions:
@@ -93,5 +95,5 @@ def labels_of(body: GenerationBody, headers: Mapping[str, str]) -> dict[str, str
     secrets, and the body's metadata.
     """
     named = {name.lower(): value for name, value in headers.items()}
-    shown = {f"header:{name}": value for name, value in named.items() if name not in _SECRET}
+    shown = {f"header:{n}": value for n, value in named.items() if n not in SECRET_HEADERS}
     return {**body.metadata, **shown}

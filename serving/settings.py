@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..adapters.errors import MergerouteError
+from .access.limits import DEFAULT_LIMITS, Limits
+from .pressure import DEFAULT_PRESSURE, Pressure
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help need not
     from ..adapters.bank import Bank
+    from .access.guard import Policy
     from .hosting import Placement, Report
+    from .modules.state import StateFolder
     from .service import ServiceOptions
+    from .telemetry.options import Telemetry
+    from .telemetry.traces import Traces
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
+NO_STATE = "none"
 
 
 class SettingsError(MergerouteError):
@@ -38,8 +56,20 @@ class ConversationSettings(BaseModel):
     margin: float = Field(
         0.5, ge=0, le=1, description="by how much another module must lead to move a conversation"
     )
+    patience: int = Field(
+        2, ge=1, description="turns in a row that are no module's until the backbone answers"
+    )
     sessions: int = Field(10_000, ge=0, description="most conversations remembered by their id")
     idle_minutes: float = Field(60, gt=0, description="how long an unused one is remembered")
+
+
+class ModuleSourceSettings(BaseModel):
+    """Where modules may come from at run time, beside the module roots."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hub: bool = Field(False, description="whether lora_path may be a hub id: org/name or @revision")
+    uploads: bool = Field(False, description="whether clients may send modules")
 
 
 class ServeSettings(BaseModel):
@@ -61,10 +91,56 @@ class ServeSettings(BaseModel):
     module_roots: tuple[str, ...] = Field(
         (".",), description="folders that modules may be loaded from at run time"
     )
+    module_memory: int | None = Field(
+        None,
+        description="most memory of the modules of each backbone, as 2GB: those asked for last "
+        "stay in it, the others are read from disk when they are asked for; none: all stay",
+    )
+    pinned_modules: tuple[str, ...] = Field(
+        (), description="modules that always stay in memory: NAME or BANK:NAME"
+    )
+    prefetch_modules: tuple[str, ...] | Literal["all"] = Field(
+        "all", description="modules that are read into memory at the start, while there is room"
+    )
+    module_sources: ModuleSourceSettings = Field(
+        ModuleSourceSettings(), description="where else modules may come from at run time"
+    )
+    state: str | None = Field(
+        None,
+        description="folder that loads and unloads are kept in, for a restart; none: nowhere. "
+        "Unset: a folder for each port, under the user's state folder",
+    )
     conversations: ConversationSettings = Field(
         ConversationSettings(), description="how conversations are routed"
     )
+    api_keys: str | None = Field(None, description="file of API keys; none: everybody may ask")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="origins whose pages may call the server from a browser; ['*']: all"
+    )
+    limits: Limits = Field(DEFAULT_LIMITS, description="what a request may hold at most")
+    pressure: Pressure = Field(DEFAULT_PRESSURE, description="how long things may take")
+    tool_parser: Literal["auto", "hermes", "llama3", "none"] = Field(
+        "auto", description="how models spell tool calls; auto: as their chat template shows"
+    )
     log_format: Literal["text", "json"] = Field("text", description="form of the log lines")
+    log_prompts: bool = Field(
+        False, description="whether the log holds prompts and completions, in full"
+    )
+    metrics_compat: Literal["vllm"] | None = Field(
+        None, description="whose metrics /metrics shows beside ours, for gateways that read them"
+    )
+    otel: bool = Field(
+        False,
+        description="send OpenTelemetry traces over OTLP/HTTP, as the OTEL_* variables of the "
+        "environment say; needs the extra otel",
+    )
+
+    @field_validator("module_memory", mode="before")
+    @classmethod
+    def _parse_size(cls, value: object) -> int | None:
+        from ..adapters.recipe import parse_size
+
+        return None if value is None else parse_size(value)
 
     @model_validator(mode="after")
     def _serves_something(self) -> ServeSettings:
@@ -72,6 +148,11 @@ class ServeSettings(BaseModel):
             raise ValueError("modules need a backbone: name one")
         if not (self.banks or self.backbone):
             raise ValueError("name a bank, or a backbone with modules")
+        if self.module_memory is None and (self.pinned_modules or self.prefetch_modules != "all"):
+            raise ValueError(
+                "pinned_modules and prefetch_modules need module_memory: without it all modules "
+                "stay in memory; state it, or leave them out"
+            )
         return self
 
     @property
@@ -84,8 +165,16 @@ class ServeSettings(BaseModel):
             max_length=self.max_length,
             max_concurrency=self.max_concurrency,
             token_budget=max(512, self.max_concurrency),
+            max_waiting=self.pressure.max_waiting,
+            module_bytes=self.module_memory,
         )
-        return Placement(device=self.device, dtype=self.dtype, options=options)
+        return Placement(
+            device=self.device,
+            dtype=self.dtype,
+            options=options,
+            pinned=self.pinned_modules,
+            prefetch=None if self.prefetch_modules == "all" else self.prefetch_modules,
+        )
 
     @property
     def service_options(self) -> ServiceOptions:
@@ -102,11 +191,60 @@ class ServeSettings(BaseModel):
                 raise SettingsError(f"the module root {root} is no folder: name one that is there")
         said = self.conversations
         return ServiceOptions(
-            stickiness=Stickiness(said.mode, said.margin),
+            stickiness=Stickiness(said.mode, said.margin, said.patience),
             sessions=said.sessions,
             idle_s=said.idle_minutes * 60,
             module_roots=tuple(map(Path, self.module_roots)),
+            hub=self.module_sources.hub,
+            uploads=self.module_sources.uploads,
+            limits=self.limits,
+            pressure=self.pressure,
+            tool_parser=self.tool_parser,
         )
+
+    def state_folder(self, port: int) -> StateFolder | None:
+        """Where the server on this port keeps what outlives it; None: nowhere. A server that takes
+        any free port has no folder unless one is named: it would not be found again.
+
+        Raises:
+            SettingsError: the folder that is named cannot be used, or uploads have none.
+        """
+        from .modules.state import StateFolder
+
+        if self.state not in (None, NO_STATE):
+            return StateFolder(Path(str(self.state)).expanduser())
+        if self.state is None and self.port != 0:
+            return _default_state(port)
+        if self.module_sources.uploads:
+            raise SettingsError("uploads are kept in the state folder: name one with --state")
+        return None
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """What is told of requests.
+
+        Raises:
+            SettingsError: traces are wanted, and the packages for them are not installed.
+        """
+        from .telemetry.options import Telemetry
+
+        return Telemetry(
+            metrics_compat=self.metrics_compat,
+            traces=_open_traces() if self.otel else None,
+            logs_prompts=self.log_prompts,
+        )
+
+    def policy(self, *, is_exposed: bool) -> Policy:
+        """Who is let in. is_exposed: whether others than this machine reach the server.
+
+        Raises:
+            KeyFileError: the file of keys cannot be used.
+        """
+        from .access.guard import Policy
+        from .access.key_file import KeyRing
+
+        ring = None if self.api_keys is None else KeyRing(Path(self.api_keys))
+        return Policy(ring, is_exposed, self.cors_origins)
 
     def open_banks(self, report: Report = lambda _: None) -> list[Bank]:
         """Open what is to be served; the bank made on the spot comes last.
@@ -125,6 +263,17 @@ class ServeSettings(BaseModel):
         if twice := {name for name in names if names.count(name) > 1}:
             raise SettingsError(f"two banks are called {min(twice)!r}: rename one, or leave it out")
         return banks
+
+
+def _open_traces() -> Traces:
+    try:
+        from .telemetry.exporting import open_traces
+    except ImportError as error:
+        raise SettingsError(
+            f"otel needs a package that is not installed ({error.name}): pip install "
+            "'mergeroute[otel]'"
+        ) from error
+    return open_traces()
 
 
 def read_settings(path: Path | None, overrides: Mapping[str, object]) -> ServeSettings:
@@ -147,6 +296,25 @@ def read_settings(path: Path | None, overrides: Mapping[str, object]) -> ServeSe
         raise SettingsError(f"{path}: {message}") from error
 
 
+def _default_state(port: int) -> StateFolder | None:
+    """None, and a warning, where nothing can be written in the user's state folder."""
+    from .modules.state import StateFolder
+
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    folder = Path(home) / "mergeroute" / str(port)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be made (%s): what is loaded at run time will be forgotten at a restart, "
+            "unless --state names a folder",
+            folder,
+            error.strerror,
+        )
+        return None
+    return StateFolder(folder)
+
+
 def _read_file(path: Path) -> dict[str, object]:
     try:
         values = yaml.safe_load(path.read_text())
@@ -154,9 +322,11 @@ def _read_file(path: Path) -> dict[str, object]:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{path} holds no settings: write 'banks: [path/to/bank]'")
-    for key in ("banks", "modules", "module_roots"):
+    for key in ("banks", "modules", "module_roots", "api_keys"):
         if key in values:
             values[key] = _beside(path, values[key])
+    if values.get("state", NO_STATE) != NO_STATE:
+        values["state"] = _beside(path, values["state"])
     if (path.parent / str(values.get("backbone"))).exists():  # else a hub id
         values["backbone"] = _beside(path, values["backbone"])
     return values

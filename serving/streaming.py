@@ -12,6 +12,7 @@ from ..runtime.types import FinishReason, TokenEvent
 from .errors import ApiError, describe
 from .responses import Progress, Shape
 from .service import Choice
+from .terms import timed_out
 
 
 async def events_of(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, TokenEvent]]:
@@ -42,7 +43,7 @@ async def collect(progress: Sequence[Progress]) -> None:
     progress: one per choice, brought up to date.
 
     Raises:
-        ApiError: the engine failed on a choice.
+        ApiError: the engine failed on a choice, or its time is up.
     """
     async with aclosing(events_of([p.choice for p in progress])) as events:
         async for choice, event in events:
@@ -78,6 +79,8 @@ async def server_sent_events(
 def _raise_failure(event: TokenEvent) -> None:
     if event.finish_reason is FinishReason.ERROR:
         raise ApiError(event.error or "the engine failed", status=500, code="engine_failed")
+    if event.finish_reason is FinishReason.TIMEOUT:
+        raise timed_out()
     if event.finish_reason is FinishReason.CANCELLED:
         raise ApiError("the server is shutting down: try again", status=503, code="not_ready")
 

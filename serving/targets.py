@@ -53,10 +53,13 @@ class Targets:
                 "rename one of them"
             )
 
-    def resolve(self, model: str, weights: Mapping[str, float] | None = None) -> Target:
+    def resolve(
+        self, model: str, weights: Mapping[str, float] | None = None, *, param: str = "blend"
+    ) -> Target:
         """What a request asks for.
 
         weights: the body's `blend`, which fixes the blend on `auto`, a bank or the backbone.
+        param: the body's field that gave the weights.
 
         Raises:
             UnknownTargetError: nothing has this name, or several things have.
@@ -64,7 +67,7 @@ class Targets:
             BlendError: a weight is out of range.
         """
         if weights is not None:
-            return self._fixed(model, weights)
+            return self._fixed(model, weights, param)
         if model == AUTO:
             return Target(model, self.default, None)
         if model.startswith(_BLEND):
@@ -105,7 +108,7 @@ class Targets:
         for name, host in self.banks.items():
             entries.append(self._entry(name, host, root=host.bank.digest))
             entries += [
-                self._entry(self._full_name(module.name, host), host, root=str(module.path))
+                self._entry(self.full_name(module.name, host), host, root=str(module.path))
                 for module in host.bank.modules
             ]
         return entries
@@ -132,10 +135,15 @@ class Targets:
             "max_model_len": host.engine.max_length,
         }
 
-    def _full_name(self, module: str, host: HostedBank) -> str:
+    def full_name(self, module: str, host: HostedBank) -> str:
+        """What a module is listed as: its bare name where that is unique."""
         return module if len(self._modules[module]) == 1 else f"{host.bank.name}:{module}"
 
-    def _fixed(self, model: str, weights: Mapping[str, float]) -> Target:
+    def backbone(self, name: str) -> HostedBank | None:
+        """The first bank on the backbone of this name."""
+        return self._backbones.get(name)
+
+    def _fixed(self, model: str, weights: Mapping[str, float], param: str) -> Target:
         """The body's blend, on the bank or backbone that `model` names."""
         if model == AUTO:
             hosts = list(self.banks.values())
@@ -146,13 +154,17 @@ class Targets:
             hosts = [h for h in self.banks.values() if h.bank.backbone.digest == digest]
         elif model in self._modules or model.startswith(_BLEND) or ":" in model:
             raise ApiError(
-                f"blend goes with model 'auto', a bank or the backbone, not with {model!r}: "
+                f"{param} goes with model 'auto', a bank or the backbone, not with {model!r}: "
                 "leave one of the two out",
-                param="blend",
+                param=param,
             )
         else:
             raise self._unknown(model)
-        host, blend = _in_one_bank(Blend(weights), hosts, param="blend")
+        try:
+            given = Blend(weights)
+        except BlendError as error:
+            raise ApiError(str(error), param=param) from error
+        host, blend = _in_one_bank(given, hosts, param=param)
         return Target(model, host, blend, "the body fixes the blend")
 
     def _written(self, model: str) -> Target:

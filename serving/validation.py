@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from ..adapters.errors import RequestError
+from .access.limits import Limits
 from .errors import CLIENT_CLOSED, ApiError
-from .schemas import (
-    ChatRequest,
-    CompletionRequest,
-    LoadModuleRequest,
-    UnloadModuleRequest,
-    without_no_effect,
-)
+from .schemas import without_no_effect
 
-MAX_BODY_BYTES = 4 << 20
-_Body = TypeVar("_Body", ChatRequest, CompletionRequest, LoadModuleRequest, UnloadModuleRequest)
+_Body = TypeVar("_Body", bound=BaseModel)
 _SHOWN = 60
 
 _RULES = {
@@ -38,7 +33,11 @@ _RULES = {
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "may be at most {le}",
     "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
 }
+
+
+_INSTEAD = {"functions": "use tools", "function_call": "use tool_choice"}
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -47,16 +46,9 @@ async def read_json(request: Request) -> dict[str, Any]:
     Raises:
         ApiError: it is too large, no JSON object, or holds what is no text.
     """
-    content = bytearray()
+    content = await _read(request)
     try:
-        async for part in request.stream():
-            content += part
-            if len(content) > MAX_BODY_BYTES:
-                raise ApiError(f"the body is over {MAX_BODY_BYTES:,} bytes: shorten it", status=413)
-    except ClientDisconnect as error:
-        raise ApiError("the client closed the connection", status=CLIENT_CLOSED) from error
-    try:
-        document = json.loads(bytes(content))
+        document = json.loads(content)
         json.dumps(document, ensure_ascii=False).encode()  # fails on a lone surrogate
     except UnicodeEncodeError as error:
         raise ApiError("the body holds half a surrogate pair (\\ud800 to \\udfff)") from error
@@ -67,6 +59,35 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ApiError("the body must be a JSON object")
     return document
+
+
+async def _read(request: Request) -> bytes:
+    """The body, where it comes in time and is no longer than allowed.
+
+    Raises:
+        ApiError: it does not, or is; or the client is gone.
+    """
+    limits: Limits = request.state.limits
+    content = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                content += part
+                if len(content) > limits.body_bytes:
+                    raise ApiError(
+                        f"the body is over {limits.body_bytes:,} bytes (limits.body_bytes): "
+                        "shorten it",
+                        status=413,
+                    )
+    except TimeoutError as error:
+        raise ApiError(
+            f"the body did not arrive within {limits.body_seconds:g} s (limits.body_seconds)",
+            status=408,
+            code="request_timeout",
+        ) from error
+    except ClientDisconnect as error:
+        raise ApiError("the client closed the connection", status=CLIENT_CLOSED) from error
+    return bytes(content)
 
 
 def validate(document: Mapping[str, Any], kind: type[_Body]) -> _Body:
@@ -91,7 +112,7 @@ def _most_specific(error: ValidationError) -> Mapping[str, Any]:
     errors = [dict(each) for each in error.errors()]
     field = _path(errors[0])
     same_field = [each for each in errors if _path(each)[: len(field)] == field]
-    return max(same_field, key=lambda each: len(_path(each)))
+    return max(same_field, key=lambda each: (len(_path(each)), each["type"] == "value_error"))
 
 
 def _explained(error: Mapping[str, Any]) -> ApiError:
@@ -103,22 +124,25 @@ def _explained(error: Mapping[str, Any]) -> ApiError:
         cause = context["error"]
         parameter = cause.parameter if isinstance(cause, RequestError) else where
         return ApiError(str(cause), param=parameter)
-    rule = _RULES.get(error["type"], error["msg"].replace("Input should be", "must be"))
+    if error["type"] == "json_invalid":  # it was JSON before: only its depth can be at fault
+        return ApiError("the body is nested too deeply")
+    rule = _RULES.get(error["type"], "").format(**context)
+    rule = rule or error["msg"].replace("Input should be", "must be")
     value = json.dumps(error["input"], default=str, ensure_ascii=False)
     value = value if len(value) <= _SHOWN else value[:_SHOWN] + "…"
     stated = "" if error["type"] == "missing" else f" is {value}, it"
-    return ApiError(f"{where}{stated} {rule.format(**context)}", param=where)
+    return ApiError(f"{where}{stated} {rule}", param=where)
 
 
 def _path(error: Mapping[str, Any]) -> list[int | str]:
     """Where in the body the error is: pydantic's location without its names of types."""
-    types = ("str", "int", "constrained-str", "TextPart", "Conversation")
+    types = ("str", "int", "constrained-str", "TextPart", "Conversation", "ToolChoice")
     return [p for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in types))]
 
 
 def _unsupported(name: str) -> ApiError:
     return ApiError(
-        f"the parameter {name!r} is not supported here: leave it out",
+        f"the parameter {name!r} is not supported here: {_INSTEAD.get(name, 'leave it out')}",
         param=name,
         code="unsupported_parameter",
     )

@@ -14,13 +14,16 @@ from ...adapters.module_files import (
 )
 from ..errors import ApiError
 
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, INT8_FILE, VECTORS_FILE, GATES_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, INT8_FILE, VECTORS_FILE, GATES_FILE)
 _SHOWN = 200
 
 
 def module_folder(path: str, roots: Sequence[Path], *, name: str) -> Path:
     """The folder that a client names, its links followed. roots: resolved; a relative path is
     looked for under each of them.
+
+    What is checked here is what lies there now: who may write under a root may change it before it
+    is read, so the roots are for those to write who may load modules.
 
     Raises:
         ApiError: it, or a file in it, lies outside the roots, is missing, or is of another kind.
@@ -30,12 +33,12 @@ def module_folder(path: str, roots: Sequence[Path], *, name: str) -> Path:
     folder = _found(path, roots)
     if folder is None:
         raise ApiError(
-            f"Loading lora {name} failed: No adapter found for {path}",
+            f"Loading lora {name} failed: No adapter found for {path[:_SHOWN]}",
             status=404,
             param="lora_path",
             code="lora_adapter_not_found",
         )
-    for file in _FILES:
+    for file in FILES:
         _check_file(folder / file, roots)
     return folder
 
@@ -45,8 +48,8 @@ def _found(path: str, roots: Sequence[Path]) -> Path | None:
     inside = [place for root in roots if _is_under(place := _resolved(root / path), roots)]
     if not inside:
         raise _forbidden(
-            f"lora_path {path!r} leads out of the module roots: put the adapter under one of them, "
-            "or start the server with --module-root"
+            f"lora_path {path[:_SHOWN]!r} leads out of the module roots: put the adapter under one "
+            "of them, or start the server with --module-root"
         )
     try:
         return next((place for place in inside if place.is_dir()), None)

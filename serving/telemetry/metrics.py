@@ -1,133 +1,110 @@
-"""Prometheus metrics of a service. Labels are banks, modules, routes and status codes alone."""
+"""Prometheus metrics of a service. Labels are of what there is: never what a client wrote."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
-from ..hosting import HostedBank
-from ..responses import Progress
-from ..service import Assignment
-
-_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-_COUNTERS = {
-    "steps": "Forward passes",
-    "prompt_tokens": "Tokens of prompts that were admitted",
-    "reused_tokens": "Prompt tokens whose keys and values were reused",
-    "generated_tokens": "Tokens generated",
-}
-_GAUGES = {
-    "running": "Requests in the batch",
-    "waiting": "Requests that wait for a slot",
-    "modules": "Modules that are resident",
-}
+from ..access.guard import Policy
+from ..service import Assignment, Service
+from .catalogue import PREFIX, RECORDED
+from .labels import Names
+from .options import QUIET, Telemetry
+from .readings import Readings
+from .record import RequestRecord
+from .vllm_metrics import VllmMetrics
 
 
 class Metrics:
-    """The metrics of one app, in a registry of their own."""
+    """The metrics of one app, in a registry of their own. Of one thread, but for `text`."""
 
-    def __init__(self, hosted: Sequence[HostedBank]) -> None:
+    def __init__(self, service: Service, policy: Policy, telemetry: Telemetry = QUIET) -> None:
+        self._service = service
+        self._policy = policy
         self._registry = registry = CollectorRegistry()
-        registry.register(_Engines(hosted))
-        self.requests = Counter(
-            "mergeroute_requests",
-            "Answers by route and status",
-            ["route", "status"],
-            registry=registry,
-        )
-        self.decisions = Counter(
-            "mergeroute_decisions",
-            "Prompts by bank and router",
-            ["bank", "router"],
-            registry=registry,
-        )
-        self.weights = Counter(
-            "mergeroute_module_weight",
-            "Weight that blends gave to modules, in absolute value",
-            ["bank", "module"],
-            registry=registry,
-        )
-        self.abstained = Counter(
-            "mergeroute_abstained",
-            "Weight that stayed on the backbone",
-            ["bank"],
-            registry=registry,
-        )
-        self.routing = Histogram(
-            "mergeroute_routing_seconds",
-            "Time to route",
-            ["bank"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.first_token = Histogram(
-            "mergeroute_time_to_first_token_seconds",
-            "From the request's arrival",
-            ["bank"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.latency = Histogram(
-            "mergeroute_request_seconds",
-            "From the request's arrival to its last token",
-            ["bank"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.finished = Counter(
-            "mergeroute_choices", "Choices by finish reason", ["bank", "reason"], registry=registry
-        )
+        registry.register(Readings(service))
+        self._counters = {
+            spec.name: Counter(PREFIX + spec.name, spec.text, spec.labels, registry=registry)
+            for spec in RECORDED
+            if spec.kind == "counter"
+        }
+        self._histograms = {
+            spec.name: Histogram(
+                PREFIX + spec.name, spec.text, spec.labels, buckets=spec.buckets, registry=registry
+            )
+            for spec in RECORDED
+            if spec.kind == "histogram"
+        }
+        if telemetry.metrics_compat == "vllm":
+            registry.register(VllmMetrics(service, self._histograms, self._counters["choices"]))
+        counters = self._counters
+        by_module = [counters["module_weight"], counters["module_hits"]]
+        by_key = [counters["key_requests"], counters["key_tokens"]]
+        self._modules = Names(by_module, self._served_modules)
+        self._keys = Names(by_key, self._valid_keys)
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """The exposition format. Any thread."""
         return generate_latest(self._registry)
 
-    def decided(self, assignments: Sequence[Assignment]) -> None:
-        """Count what prompts were assigned to."""
-        for assignment in assignments:
-            bank, decision = assignment.hosted.bank.name, assignment.decision
-            self.decisions.labels(bank, decision.router).inc()
-            self.abstained.labels(bank).inc(decision.abstained)
-            self.routing.labels(bank).observe(decision.milliseconds / 1000)
-            for module, weight in decision.blend.items():
-                self.weights.labels(bank, module).inc(abs(weight))
+    def prune(self) -> None:
+        """Drop the series of modules and keys that have gone."""
+        self._modules.prune()
+        self._keys.prune()
 
+    def count(self, record: RequestRecord) -> None:
+        """A request is over."""
+        counters = self._counters
+        counters["requests"].labels(record.route, str(record.status)).inc()
+        if record.error:
+            counters["refused_requests"].labels(record.error).inc()
+        if not record.key:
+            return
+        key, used = self._keys.of(record.key), record.usage
+        counters["key_requests"].labels(*key).inc()
+        counters["key_tokens"].labels(*key).inc(used["prompt"] + used["completion"])
+        if record.bank is not None:
+            self._count_answer(record, record.bank, used)
 
-@dataclass
-class Stopwatch:
-    """Times one request from its arrival, and tells the metrics."""
+    def _count_answer(self, record: RequestRecord, bank: str, used: dict[str, int]) -> None:
+        for kind in ("prompt", "cached", "completion"):
+            self._counters[f"{kind}_tokens"].labels(bank).inc(used[kind])
+        for assignment in record.assignments:
+            self._count_decision(assignment, bank)
+        for reason in record.finish_reasons:
+            self._counters["choices"].labels(bank, reason).inc()
+        self._time(record, bank)
 
-    metrics: Metrics
-    started: float = field(default_factory=time.perf_counter)
+    def _count_decision(self, assignment: Assignment, bank: str) -> None:
+        decision, counters = assignment.decision, self._counters
+        counters["decisions"].labels(bank, decision.router).inc()
+        counters["abstained"].labels(bank).inc(decision.abstained)
+        is_routed = assignment.target.blend is None and decision.router != "none"
+        if is_routed and not decision.blend and not decision.token_routing:
+            counters["abstentions"].labels(bank).inc()
+        self._histograms["routing_seconds"].labels(bank).observe(decision.milliseconds / 1000)
+        self._histograms["blend_modules"].labels(bank).observe(len(decision.blend))
+        for module, weight in decision.blend.items():
+            labels = self._modules.of(bank, module)
+            counters["module_weight"].labels(*labels).inc(abs(weight))
+            counters["module_hits"].labels(*labels).inc()
 
-    def finish(self, progress: Sequence[Progress]) -> None:
-        """The answer is whole, or failed, or its reader is gone."""
-        bank = progress[0].choice.assignment.hosted.bank.name
-        self.metrics.latency.labels(bank).observe(time.perf_counter() - self.started)
-        firsts = [p.first_token_at for p in progress if p.first_token_at is not None]
-        if firsts:
-            self.metrics.first_token.labels(bank).observe(min(firsts) - self.started)
-        for choice in progress:
-            self.metrics.finished.labels(bank, choice.finish_reason or "cancelled").inc()
+    def _time(self, record: RequestRecord, bank: str) -> None:
+        timed = {name: histogram.labels(bank) for name, histogram in self._histograms.items()}
+        timed["request_seconds"].observe(record.ended - record.arrived)
+        if record.first_token is not None:
+            timed["time_to_first_token_seconds"].observe(record.first_token - record.arrived)
+        for seconds in record.queued:
+            timed["queue_seconds"].observe(seconds)
+        gaps = timed["inter_token_seconds"]
+        for progress in record.progress:
+            for before, after in zip(progress.arrivals, progress.arrivals[1:], strict=False):
+                gaps.observe(after - before)
 
+    def _served_modules(self) -> Collection[tuple[str, str]]:
+        return {(host.bank.name, name) for host in self._service.hosted for name in host.digests}
 
-class _Engines(Collector):
-    """Counters and load of the engines, read when asked for."""
-
-    def __init__(self, hosted: Sequence[HostedBank]) -> None:
-        by_engine = {id(h.engine): h for h in reversed(hosted)}
-        self._engines = {h.bank.backbone.name: h.engine for h in by_engine.values()}
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        stats = {name: engine.stats() for name, engine in self._engines.items()}
-        for kind, names in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
-            for field_name, text in names.items():
-                family = kind(f"mergeroute_engine_{field_name}", text, labels=["backbone"])
-                for backbone, values in stats.items():
-                    family.add_metric([backbone], getattr(values, field_name))
-                yield family
+    def _valid_keys(self) -> Collection[tuple[str]]:
+        keys = self._policy.keys
+        return {(key.name,) for key in keys.keys} if keys else set()

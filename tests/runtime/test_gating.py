@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.errors import EngineStoppedError, RequestError, UnknownModuleError
 from mergeroute.adapters.lora import Module
 from mergeroute.routers.token_routing import TokenRouting
-from mergeroute.runtime.directions import layer_directions
+from mergeroute.runtime.directions import spectrum
 from mergeroute.runtime.gating import running_means, weights
 from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
 from mergeroute.runtime.types import GenerationRequest, SamplingParams, TokenGate
@@ -210,8 +212,8 @@ def test_it_is_pefts_arrow_with_our_prototypes(tmp_path: Path) -> None:
     for name, layer in arrow.named_modules():
         if name.endswith(".lora_arrow.arrow_router"):
             own = name.removeprefix("base_model.model.").removesuffix(".lora_arrow.arrow_router")
-            found = [layer_directions(module.deltas[own], routing) for module in modules.values()]
-            layer.register_buffer("prototypes", torch.cat(found))
+            found = [spectrum(module.deltas[own]).vectors[0] for module in modules.values()]
+            layer.register_buffer("prototypes", torch.stack(found))
             layer._protos_ready = True
             parts += 1
     assert parts == len(linear_layers(plain))
@@ -319,12 +321,29 @@ def test_modules_of_a_gate_stay_until_it_ends_and_leave_nothing_behind() -> None
         assert engine.stats().modules == 3
         assert_close(answer(running), expected)
         assert engine.stats().modules == 0
-        assert not engine._tables._tables
+        assert not engine._tables._stacks
         assert not engine._tables._directions
         with pytest.raises(UnknownModuleError, match="is not loaded"):
             engine.submit(request(PROMPT, gate))
         load_all(engine, dict(reversed(modules.items())))  # in other ranks than before
         assert_close(answer(engine.submit(request(PROMPT, gate, count=60))), expected)
+
+
+def test_a_gate_over_a_module_that_is_gone_is_refused_while_the_engine_is_busy() -> None:
+    may_go_on = threading.Event()
+
+    def wait() -> None:
+        may_go_on.wait(30)
+
+    with make_engine(make_model()) as engine, ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(engine._between_steps, wait)
+        refused = pool.submit(engine.submit, request(PROMPT, TokenGate(ARROW, ("gone",))))
+        try:
+            with pytest.raises(UnknownModuleError, match="gone is not loaded"):
+                refused.result(timeout=10)
+            assert not busy.done()
+        finally:
+            may_go_on.set()
 
 
 def test_modules_that_change_more_than_inner_layers_are_refused_and_so_are_missing_gates() -> None:
@@ -344,7 +363,7 @@ def test_modules_that_change_more_than_inner_layers_are_refused_and_so_are_missi
         blended = request(PROMPT, TokenGate(ARROW, (bare,)), Blend({rich: 0.5}))
         assert len(answer(engine.submit(blended))) == TOKENS
     with pytest.raises(EngineStoppedError, match="shutting down"):
-        engine.prepare_gate(TokenGate(TokenRouting("spectr"), (bare,)))
+        engine.prepare_gate(TokenGate(TokenRouting("phatgoose"), (bare,)))
 
 
 @pytest.mark.parametrize("modules", [(), ("a", "a")])
@@ -387,21 +406,3 @@ def test_running_means_go_on_where_they_stopped(count: int, cut: int, share: flo
     if 0 < cut < count:
         rest = running_means(scores[cut:], whole[cut - 1], share=share)
         assert torch.allclose(rest, whole[cut:], atol=1e-5)
-
-
-def test_directions_are_exact_where_the_spectrum_is_flat() -> None:
-    """Power iteration fails there: the first singular value is 1 % above the second."""
-    generator = torch.Generator().manual_seed(0)
-    u, v = (torch.linalg.qr(torch.randn(40, 6, generator=generator))[0] for _ in range(2))
-    delta = LowRank.from_svd(u, torch.tensor([1.01, 1, 1, 1, 1, 0.5]), v.T)
-    found = layer_directions(delta, ARROW)
-    assert found.shape == (1, 40)
-    assert abs(float(found[0] @ v[:, 0])) == pytest.approx(1, abs=1e-4)
-    gauge = torch.randn(6, 6, generator=generator)
-    same = LowRank(delta.left @ torch.linalg.inv(gauge), gauge @ delta.right)
-    assert abs(float(layer_directions(same, ARROW)[0] @ found[0])) == pytest.approx(1, abs=1e-3)
-    x = torch.randn(40, generator=generator)
-    spectr = layer_directions(delta, TokenRouting("spectr"))
-    assert float((spectr @ x).norm()) == pytest.approx(float((delta.dense() @ x).norm()), rel=1e-4)
-    nothing = LowRank(torch.zeros(4, 2), torch.zeros(2, 5))
-    assert layer_directions(nothing, ARROW).shape[0] == 0

@@ -193,7 +193,8 @@ def test_end_tokens_end_unless_ignored() -> None:
             events = run(engine, top_logprobs=1)
             assert tokens_in(events) == tokens[: at + 1]
             assert events[-1].finish_reason is FinishReason.STOP
-            assert events[-1].logprob is None
+            assert events[-1].logprob is not None
+            assert (events[-1].is_end, events[-1].text) == (True, "")
             assert all(event.logprob for event in events[:-1])
             events = run(engine, ignore_eos=True)
             assert tokens_in(events) == tokens

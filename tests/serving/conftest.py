@@ -26,9 +26,9 @@ from mergeroute.routers.settings import (
 from mergeroute.routers.store import save_router, signal_of
 from mergeroute.routers.training import Labelled, fit
 from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
-from mergeroute.serving.app import create_app
+from mergeroute.serving.access.guard import EVERYBODY, Policy
 from mergeroute.serving.hosting import Placement, host_banks
-from mergeroute.serving.server import bind
+from mergeroute.serving.server import bind, configuration
 from mergeroute.serving.service import Service
 
 from ..tiny import make_model, make_module, make_tokenizer
@@ -152,9 +152,9 @@ def served(bank: Bank) -> Iterator[Served]:
 class running:
     """Serve in a thread for the length of a block; the block gets the URL."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, policy: Policy = EVERYBODY) -> None:
         self._socket = bind("127.0.0.1", 0)
-        self._server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None))
+        self._server = uvicorn.Server(configuration(service, policy))
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
 
     def __enter__(self) -> str:

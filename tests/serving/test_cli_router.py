@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.errors import BankError, DataError, MergerouteError, RouterError
@@ -24,8 +25,9 @@ from mergeroute.serving.figures import shortfalls
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.router_evaluation import AnswerOptions, evaluate_router
 from mergeroute.serving.router_report import abstaining_rate, explanation
+from mergeroute.serving.settings import UsageError
 
-from .conftest import WORDS
+from .conftest import WORDS, write_ruled_bank
 from .test_fitting import none_rows, own_rows, written
 
 PLACEMENT = Placement(device="cpu", dtype="float32")
@@ -165,6 +167,7 @@ def test_a_router_of_tokens_has_no_decision_to_judge(
         (("--data", "{tmp}/gone.jsonl"), DataError, "cannot be read"),
         (("--data", "{data}/none.jsonl"), DataError, "task is missing"),
         (("--data", "{data}/own.jsonl", "--answers"), DataError, "holds no answers"),
+        (("--data", "{data}/own.jsonl", "--none", "{data}/own.jsonl"), DataError, "is a module's"),
         (("--data", "{data}/own.jsonl", "--plot", "{data}/own.jsonl/x"), MergerouteError, "made"),
         (("--data", "{data}/own.jsonl", "--json", "{tmp}/x/y"), MergerouteError, "in a folder"),
     ],
@@ -199,10 +202,46 @@ def test_fit_refuses_what_it_is_told_wrongly(bank: Bank, data: Path, tmp_path: P
         run("router", "fit", path, *files, path, "--force")
     with pytest.raises(BankError, match="is no bank"):
         run("router", "fit", tmp_path / "gone", *files, tmp_path / "new")
+    with pytest.raises(UsageError, match="--policy is empty"):
+        run("router", "fit", path, *files, tmp_path / "new", "--policy", " ")
+    report = ("--report", tmp_path / "report")
+    with pytest.raises(RouterError, match="'guess' is unknown"):
+        run("router", "fit", path, *files, tmp_path / "new", *report, "--policy", "guess")
+    with pytest.raises(UsageError, match=r"cannot be made: .*is no folder"):
+        run("router", "fit", path, *files, tmp_path / "new", "--report", data / "own.jsonl")
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_shows_all_keys_of_a_signal() -> None:
+    shown = re.sub(r"[\s│]+", " ", run("router", "fit", "--help").stdout)
+    assert "layer=3, pooling=last, ngrams=256, window=256, embedding=..., recency=0.5; def" in shown
+    assert "twelfth of the layers." in shown
+
+
 # Explanations.
+
+
+def test_route_takes_the_labels_that_rules_look_at(tmp_path: Path, checkpoint: Backbone) -> None:
+    write_ruled_bank(tmp_path / "bank", name="ruled", backbone=checkpoint)
+
+    def blend(*labels: str) -> object:
+        printed = run("route", tmp_path / "bank", "shout the word 7", *labels, "--json").stdout
+        return json.loads(printed)["blend"]
+
+    assert blend() == {"upper": 1.0}
+    assert blend("--header", "X-Team=Digits") == {"digit": 1.0}
+    assert blend("--metadata", "tier=iron", "--metadata", "a=b=c") == {}
+    printed = run("route", tmp_path / "bank", "7", "--header", "x-team=Digits").stdout
+    assert "rule 2 (header x-team 'Digits') matches" in printed
+    for labels, message in (
+        (("--header", "x-team=\udcff"), r"'x-team=\\udcff' is not UTF-8: convert it"),
+        (("--header", "x-team"), "--header 'x-team' is not NAME=VALUE"),
+        (("--metadata", "=x"), "--metadata '=x' is not NAME=VALUE"),
+        (("--metadata", "a=1", "--metadata", "a=2"), "--metadata a is given twice"),
+        (("--metadata", "header:x-team=Digits"), "stands for the request's headers"),
+    ):
+        with pytest.raises(MergerouteError, match=message):
+            blend(*labels)
 
 
 def test_route_explains(fitted: Path) -> None:

@@ -69,7 +69,7 @@ def decisions(bank: Bank, data: Path, task: str) -> list[Blend]:
     assert bank.router_path is not None
     examples = [example for example in read_examples(data) if example.task == task]
     with TorchEngine.load(bank.backbone.path, dtype="float32") as engine:
-        router = load_router(bank.router_path, encode=engine.encode)
+        router = load_router(bank.router_path, encode=engine.encode, backbone=bank.backbone.digest)
         queries = [
             Query.of(chat_ids(bank.backbone, example.prompt), example.prompt)
             for example in examples

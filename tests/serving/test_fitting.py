@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, write_bank
 from mergeroute.adapters.errors import BankError, DataError, MergerouteError, RouterError
+from mergeroute.routers.data import read_examples
 from mergeroute.routers.settings import EnsembleSettings, LearnedSettings, SignalSettings
 from mergeroute.routers.store import read_settings
-from mergeroute.serving.fitting import FittedRouter, fit_bank
+from mergeroute.runtime.loading import load_tokenizer
+from mergeroute.serving.fitting import FittedRouter, fit_bank, query_of, read_prompts
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.router_options import (
     FitOptions,
@@ -194,13 +197,18 @@ Change = Callable[[list[Row], list[Row]], None]
         (lambda own, none: own.__delitem__(slice(34, 60)), RouterError, "'digit' has 4 prompts"),
         (
             lambda own, none: own.append({**own[0], "task": "digit"}),
-            RouterError,
-            "is given for 'upper' and for 'digit': decide for one",
+            DataError,
+            r"line 61: .* given for 'digit', and in .*line 1 for 'upper': decide for one",
         ),
         (
             lambda own, none: none.append({"prompt": own[3]["prompt"]}),
-            RouterError,
-            "is given for 'upper' and for no module",
+            DataError,
+            r"none.jsonl, line 41: .* for no module, and in .*own.jsonl, line 4 for 'upper'",
+        ),
+        (
+            lambda own, none: none.append({"task": "digit", "prompt": "y"}),
+            DataError,
+            r"none.jsonl, line 41: task 'digit' is a module's: move the line to data, or drop",
         ),
         (lambda own, none: own.append({"task": "upper", "prompt": " \n"}), DataError, "is blank"),
         (lambda own, none: own.append({"task": "upper", "prompt": ""}), DataError, "not empty"),
@@ -219,6 +227,29 @@ def test_prompts_that_cannot_be_used_are_refused_and_nothing_is_written(
     with pytest.raises(error, match=message):
         fit(bank, tmp_path, tmp_path / "deep" / "new")
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_prompt_of_none_is_of_no_module_that_was_folded_either(tmp_path: Path) -> None:
+    own = written(tmp_path / "own.jsonl", [{"task": "letters", "prompt": "x"}])
+    none = written(tmp_path / "none.jsonl", [{"task": "upper", "prompt": "y"}])
+    homes = {"letters": "letters", "upper": "letters"}
+    with pytest.raises(DataError, match=r"none\.jsonl, line 1: task 'upper' is a module's"):
+        read_prompts(own, none, homes.get, modules=["letters"])
+    found = read_prompts(own, none, {"letters": "letters"}.get, modules=["letters"])
+    assert [module for _, module in found] == ["letters", None]
+
+
+def test_a_long_prompt_is_fitted_on_without_a_word(
+    bank: Bank, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(bank.backbone.path)
+    tokenizer.model_max_length = 64
+    (line,) = read_examples(written(tmp_path / "long.jsonl", [{"prompt": "x" * 300}]))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for template in (tokenizer.chat_template, None):
+        tokenizer.chat_template = template
+        assert len(query_of(tokenizer, line).token_ids) >= 300
+    assert caplog.text == ""
 
 
 def test_a_file_that_is_no_utf_8_is_refused(bank: Bank, tmp_path: Path) -> None:
@@ -300,19 +331,33 @@ def test_a_signal_that_is_none_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read"),
+        ("- a: [b", r"cannot be read: line 1, column 8: expected ',' or '\]', but got [^\n]*$"),
+        ("- \x01", r"cannot be read: unacceptable character #x0001[^\n]*$"),
+        ("[" * 9999, "cannot be read: it is nested too deeply"),
         ("[]", "no list of rules"),
         ("a: b", "no list of rules"),
-        ("- {module: a, keywrd: x}", "rule 1: keywrd"),
-        ("- {module: a, keyword: x}\n- 3", "rule 2"),
+        (
+            "- {module: a, keywrd: x}",
+            "rule 1: the key 'keywrd' is unknown: module, keyword, regex, metadata, header are",
+        ),
+        ("- {module: a, keyword: x}\n- 3", "rule 2 is 3: write {module"),
+        ("- {header: {x: 3}}", "rule 1: header.x is 3: "),
+        ("- {module: a}", r"rules.yaml: rule 1 cannot be used: it has no condition"),
+        ("- {module: a, header: {Cookie: x}}", "rule 1 cannot be used: header cookie holds a"),
     ],
 )
 def test_rules_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(text)
     with pytest.raises(RouterError, match=message):
         read_rules(tmp_path / "rules.yaml")
-    with pytest.raises(RouterError, match="cannot be read"):
+
+
+def test_a_file_of_rules_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RouterError, match=r"nothing\.yaml cannot be read: No such file[^/]*$"):
         read_rules(tmp_path / "nothing.yaml")
+    (tmp_path / "latin.yaml").write_bytes("- {module: a, keyword: ü}".encode("latin-1"))
+    with pytest.raises(RouterError, match="cannot be read: it is not UTF-8: convert it"):
+        read_rules(tmp_path / "latin.yaml")
 
 
 def test_the_usual_signal_is_the_routers_own(bank: Bank, tmp_path: Path) -> None:

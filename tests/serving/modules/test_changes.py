@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ...tiny import make_model, make_module, make_tokenizer, reference_tokens
 from ..conftest import chat_ids, running, write_routed_bank
 
 SAMPLES = [f"please sing song {k}" for k in range(10, 30, 2)]
+VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError", 409: "invalid_request_error"}
 UPPER, DIGIT, SING = "shout the word 7", "0 1 2 3 4 5", "please sing song 21"
 
 
@@ -37,8 +39,8 @@ class Hot:
         body = {"lora_name": name, "lora_path": path, **more}
         return httpx.post(self.url + "/v1/load_lora_adapter", json=body, timeout=60)
 
-    def unload(self, name: str) -> httpx.Response:
-        body = {"lora_name": name}
+    def unload(self, name: str, **more: object) -> httpx.Response:
+        body = {"lora_name": name, **more}
         return httpx.post(self.url + "/v1/unload_lora_adapter", json=body, timeout=60)
 
     def route(self, text: str, **more: object) -> dict[str, Any]:
@@ -150,6 +152,20 @@ def test_with_nothing_to_go_by_it_is_reached_by_name_alone(hot: Hot, bank: Bank)
     assert forgotten["bank_digest"] != known["bank_digest"]
 
 
+def test_other_weights_in_place_are_not_known_by_what_the_old_ones_were(hot: Hot) -> None:
+    assert hot.load("sing", "sing", samples=SAMPLES).status_code == 200
+    known = hot.route(SING)
+    assert known["blend"] == {"sing": 1.0}
+    response = hot.load("sing", "sing2", load_inplace=True)
+    assert "The router forgot what it knew of other weights under this name" in response.text
+    assert hot.route(SING)["blend"] == {}
+    assert "10 samples" in hot.load("sing", "sing2", load_inplace=True, samples=SAMPLES).text
+    assert hot.route(SING)["blend"] == {"sing": 1.0}
+    assert "forgot" in hot.load("upper", "sing2", load_inplace=True).text
+    assert "upper" not in hot.route(UPPER)["blend"]
+    assert "forgot" not in hot.load("upper", "sing", load_inplace=True).text
+
+
 def test_in_place_takes_over_at_once_and_what_runs_goes_on(hot: Hot, bank: Bank) -> None:
     assert hot.load("sing", "sing").status_code == 200
     with ThreadPoolExecutor(1) as pool:
@@ -246,6 +262,16 @@ def test_a_conversation_outlives_other_modules_and_leaves_its_own(hot: Hot) -> N
         ({"lora_name": "new", "lora_path": "sing", "description": 3}, 400, "description"),
         ({"lora_name": "new", "lora_path": "sing", "load_inplace": "no"}, 400, "load_inplace"),
         ({"lora_name": "new", "lora_path": "sing", "hub": "x"}, 400, "'hub' is not supported"),
+        ({"lora_name": "new", "lora_path": "sing", "pinned": 1}, 400, "pinned"),
+        (
+            {"lora_name": "new", "lora_path": "sing", "base_model_name": "x"},
+            400,
+            "stands on 'tiny'",
+        ),
+        ({"lora_name": "new", "lora_path": "sing", "is_3d_lora_weight": True}, 400, "is_3d_lora"),
+        ({"lora_name": "new", "lora_path": "sing", "expected_generation": -1}, 400, "at least 0"),
+        ({"lora_name": "new", "lora_path": "sing", "expected_generation": 1}, 409, "generation 0"),
+        ({"lora_name": "new", "lora_path": "org/gone"}, 404, "No adapter found for org/gone"),
     ],
 )
 def test_a_bad_load_is_refused_and_changes_nothing(
@@ -255,7 +281,9 @@ def test_a_bad_load_is_refused_and_changes_nothing(
     response = httpx.post(hot.url + "/v1/load_lora_adapter", json=body, timeout=60)
     assert response.status_code == status, response.text
     assert words in response.json()["error"]["message"]
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    is_missing = "Both 'lora_name'" in words or "already been loaded" in words
+    kind = "InvalidUserInput" if is_missing else VLLM_TYPES[status]
+    assert response.json()["error"]["type"] == kind
     assert (hot.models(), hot.route(UPPER)["bank_digest"]) == before
     assert hot.resident == 2
 
@@ -343,3 +371,88 @@ def test_a_body_that_is_no_json_object_is_400(hot: Hot) -> None:
     for content in (b"", b"[]", json.dumps("x").encode(), b"\xff"):
         response = httpx.post(hot.url + "/v1/load_lora_adapter", content=content)
         assert response.status_code == 400
+
+
+def test_generations_rise_and_are_compared_before_anything_is_done(hot: Hot) -> None:
+    assert generation(hot.load("sing", "sing", expected_generation=0)) == 1
+    assert generation(hot.load("sing", "sing2", load_inplace=True)) == 2
+    stale = hot.load("sing", "sing", load_inplace=True, expected_generation=1)
+    assert (stale.status_code, stale.json()["error"]["code"]) == (409, "lora_generation_mismatch")
+    assert "has generation 2, and expected_generation is 1" in stale.json()["error"]["message"]
+    gone = hot.unload("sing", expected_generation=1)
+    assert (gone.status_code, gone.json()["error"]["param"]) == (409, "expected_generation")
+    assert generation(hot.load("sing", "sing", load_inplace=True, expected_generation=2)) == 3
+    assert hot.unload("sing", expected_generation=3, lora_int_id=1).status_code == 200
+    assert hot.load("sing", "sing", expected_generation=3).status_code == 409
+    assert generation(hot.load("sing", "sing")) == 4
+    assert generation(hot.load("upper", "sing", load_inplace=True, expected_generation=1)) == 2
+
+
+def test_sglangs_paths_and_fields_are_understood(hot: Hot) -> None:
+    body = {"lora_name": "sing", "lora_path": "sing", "pinned": True, "base_model_name": "tiny"}
+    response = httpx.post(hot.url + "/load_lora_adapter", json=body, timeout=60)
+    assert response.text.startswith("Success: LoRA adapter 'sing' added successfully.")
+    assert httpx.get(hot.url + "/v1/modules/sing").json()["pinned"]
+    response = httpx.post(hot.url + "/unload_lora_adapter", json={"lora_name": "sing"})
+    assert response.text == "Success: LoRA adapter 'sing' removed successfully."
+
+
+def test_complaint_08_stale_cache_after_same_name_replace(hot: Hot, bank: Bank) -> None:
+    text = SING + " and then a tail that is long enough to be cached as a whole"
+    assert hot.load("sing", "sing", samples=SAMPLES).status_code == 200
+    for turn, (seed, path) in enumerate(((70, "sing"), (71, "sing2"), (70, "sing"))):
+        assert hot.load("sing", path, load_inplace=True, samples=SAMPLES).status_code == 200
+        first, second = (hot.chat(text, model="sing") for _ in range(2))
+        assert text_of(first) == text_of(second) == expected(bank, text, seed)
+        assert cached(second) > 0
+        assert cached(first) == 0 or turn == 2  # the weights of the first time, and their cache
+
+
+def test_complaint_09_unknown_names_never_reach_the_backbone(hot: Hot) -> None:
+    assert hot.load("sing", "sing").status_code == 200
+    assert hot.unload("sing").status_code == 200
+    for name in ("sing", "zoo:sing", "blend:sing=1"):
+        assert hot.chat(SING, model=name).status_code == 404
+
+
+def test_complaint_07_a_hundred_loads_and_unloads_leave_memory_flat(hot: Hot) -> None:
+    _cycle(hot, 100)
+
+
+@pytest.mark.slow
+def test_complaint_07_a_thousand_loads_and_unloads_leave_memory_flat(hot: Hot) -> None:
+    _cycle(hot, 1000)
+
+
+def _cycle(hot: Hot, count: int) -> None:
+    """Load, ask and unload; memory and threads after the first half are those at the end."""
+    sizes = []
+    with httpx.Client(base_url=hot.url, timeout=60) as client:
+        for number in range(count):
+            body = {"lora_name": "sing", "lora_path": ("sing", "sing2")[number % 2]}
+            assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+            answer = {"model": "sing", "prompt": "x", "max_tokens": 1}
+            if number % 10 == 0:
+                assert client.post("/v1/completions", json=answer).status_code == 200
+            assert client.post("/v1/unload_lora_adapter", json=body_of("sing")).status_code == 200
+            sizes.append(resident_bytes())
+    assert hot.resident == 2
+    assert min(sizes[-10:]) <= max(sizes[count // 4 : count // 2]) * 1.02, sizes[:: count // 20]
+
+
+def cached(response: httpx.Response) -> int:
+    return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def body_of(name: str) -> dict[str, str]:
+    return {"lora_name": name}
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def generation(response: httpx.Response) -> int:
+    assert response.status_code == 200, response.text
+    return int(response.headers["x-mergeroute-generation"])

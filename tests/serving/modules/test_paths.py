@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mergeroute.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
 from mergeroute.serving.errors import ApiError
@@ -91,3 +95,26 @@ def test_nothing_there_is_404_with_vllms_words(root: Path) -> None:
 
 def test_without_roots_nothing_is_loaded(root: Path) -> None:
     assert "--module-root" in str(refused(str(root / "sql")))
+
+
+_SEGMENTS = st.sampled_from(
+    ["..", ".", "", "sql", "link", "out", "loop", "sql/..", "\0", "/", "~", "x" * 300, "proc"]
+)
+
+
+@given(st.lists(_SEGMENTS, max_size=8), st.booleans())
+def test_whatever_is_written_what_is_found_lies_under_the_root(
+    segments: list[str], is_absolute: bool
+) -> None:
+    with TemporaryDirectory() as folder:
+        root = Path(folder).resolve() / "root"
+        (root / "sql").mkdir(parents=True)
+        (root / "link").symlink_to("sql")
+        (root / "out").symlink_to("..")
+        (root / "loop").symlink_to("loop")
+        (root / "proc").symlink_to("/proc/self/root")
+        path = "/".join(segments)
+        with suppress(ApiError):
+            found = module_folder(f"{root}/{path}" if is_absolute else path, [root], name="a")
+            assert found.resolve() == found
+            assert found.is_relative_to(root)

@@ -1,0 +1,49 @@
+"""Whether a body asks for no more than the limits allow."""
+
+from __future__ import annotations
+
+from ..errors import ApiError
+from ..schemas import ChatRequest, GenerationBody, LoadModuleRequest
+from .limits import Limits
+
+
+def check_generation(body: GenerationBody, limits: Limits) -> None:
+    """Refuse what asks for too much, before it is tokenized.
+
+    Raises:
+        ApiError: it names the parameter, what it holds and what it may.
+    """
+    if isinstance(body, ChatRequest):
+        name, count = "messages", 1
+        sizes = [sum(len(message.text) for message in body.messages)]
+        _check(len(body.messages), limits.messages, name, what="messages", setting="messages")
+    else:
+        name, count = "prompt", len(body.prompts)
+        sizes = [len(prompt) for prompt in body.prompts]
+    most = limits.prompt_characters
+    _check(count, limits.prompts, name, what="prompts", setting="prompts")
+    _check(count * body.n, limits.choices, "n", what="choices", setting="choices")
+    _check(len(body.stop), limits.stops, "stop", what="stop texts", setting="stops")
+    _check(max(sizes), most, name, what="characters", setting="prompt_characters")
+
+
+def check_load(body: LoadModuleRequest, limits: Limits) -> None:
+    """Refuse a module that is introduced by too much.
+
+    Raises:
+        ApiError: it names the parameter, what it holds and what it may.
+    """
+    _check(len(body.samples), limits.samples, "samples", what="prompts", setting="samples")
+    longest = max(map(len, body.samples), default=0)
+    most = limits.prompt_characters
+    _check(longest, most, "samples", what="characters", setting="prompt_characters")
+
+
+def _check(found: int, most: int, parameter: str, *, what: str, setting: str) -> None:
+    if found > most:
+        raise ApiError(
+            f"{parameter} comes to {found:,} {what}, the limit is {most:,} (limits.{setting}): ask "
+            "for less at a time",
+            param=parameter,
+            code="context_length_exceeded" if setting == "prompt_characters" else None,
+        )

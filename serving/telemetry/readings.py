@@ -1,0 +1,89 @@
+"""Counters and load of engines and their modules, read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from ...adapters.errors import UnknownModuleError
+from ...runtime.residency import Residency
+from ...runtime.resident_set import ResidentInfo
+from ..hosting import HostedBank
+from ..service import Service
+from .catalogue import COLD_LOADS, ENGINE, MODULE_RESIDENT, PREFIX, RESIDENCY, Spec
+from .labels import MOST, OTHER
+
+_FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+
+
+class Readings(Collector):
+    """The state of a service's engines and modules."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering reads nothing."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, with a value per backbone or module."""
+        hosts = residencies(self._service)
+        yield from _families(ENGINE, {name: r.engine.stats() for name, r in hosts.items()})
+        kept = {name: residency.stats() for name, residency in hosts.items()}
+        yield from _families(RESIDENCY, kept)
+        loads = SummaryMetricFamily(
+            PREFIX + COLD_LOADS.name, COLD_LOADS.text, labels=COLD_LOADS.labels
+        )
+        for backbone, stats in kept.items():
+            loads.add_metric([backbone], stats.cold_loads, stats.cold_load_s)
+        yield loads
+        yield self._modules()
+
+    def _modules(self) -> GaugeMetricFamily:
+        """Those in memory and those used last have series of their own."""
+        spec = MODULE_RESIDENT
+        family = GaugeMetricFamily(PREFIX + spec.name, spec.text, labels=spec.labels)
+        found = [
+            (info.is_resident, info.last_used, bank, name)
+            for bank, name, info in _infos(self._service.hosted)
+        ]
+        found.sort(key=lambda one: (not one[0], -one[1]))
+        for is_resident, _, bank, name in found[:MOST]:
+            family.add_metric([bank, name], is_resident)
+        rest: dict[str, int] = {}
+        for is_resident, _, bank, _ in found[MOST:]:
+            rest[bank] = rest.get(bank, 0) + is_resident
+        for bank, count in rest.items():
+            family.add_metric([bank, OTHER], count)
+        return family
+
+
+def residencies(service: Service) -> dict[str, Residency]:
+    """What keeps the modules of each backbone, by its name."""
+    by_id: dict[int, HostedBank] = {id(h.residency): h for h in reversed(service.hosted)}
+    return {host.bank.backbone.name: host.residency for host in reversed(by_id.values())}
+
+
+def _infos(hosted: Sequence[HostedBank]) -> Iterator[tuple[str, str, ResidentInfo]]:
+    for host in hosted:
+        for name, digest in host.digests.items():
+            with suppress(UnknownModuleError):  # it is being taken away
+                yield host.bank.name, name, host.residency.info(digest)
+
+
+def _families(specs: Mapping[str, Spec], stats: Mapping[str, object]) -> Iterator[Metric]:
+    for field, spec in specs.items():
+        family = _FAMILIES[spec.kind](PREFIX + spec.name, spec.text, labels=spec.labels)
+        for backbone, values in stats.items():
+            if (value := getattr(values, field)) is not None:
+                family.add_metric([backbone], value)
+        yield family
