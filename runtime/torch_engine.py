@@ -308,7 +308,7 @@ class TorchEngine:
         )
 
     def modules_asked(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Digests of the modules that running requests run on, and of those that waiting ones need."""
+        """Digests of the modules of running requests, and of those that wait for a slot."""
         unfinished = self._unfinished()
         running = [s.digests for s in unfinished if s.slot is not None]
         waiting = [s.digests for s in unfinished if s.slot is None]
@@ -401,8 +401,8 @@ class TorchEngine:
     def _computed(self, chunks: list[Chunk]) -> list[_Computed]:
         """The chunks with what was sampled. When a forward fails each chunk is tried alone, and so
         is each whose logits are no numbers: decodes share products with their neighbours' modules,
-        which may overflow. So the one at fault ends and its neighbours go on; computing changes
-        nothing else.
+        which may overflow in a half type. So the one at fault ends and its neighbours go on;
+        computing changes nothing else.
         """
         try:
             computed = self._compute(chunks)

@@ -14,6 +14,7 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -25,6 +26,7 @@ from .errors import CLIENT_CLOSED, ApiError, describe, error_body, retry_headers
 from .health import Draining, add_health_routes
 from .modules.routes import add_module_routes
 from .native_routes import add_native_routes
+from .openapi import describe_routes
 from .responses import ChatShape, CompletionShape, Progress, blend_text, usage
 from .schemas import ChatRequest, CompletionRequest, GenerationBody
 from .service import Assignment, Choice, Service
@@ -38,6 +40,14 @@ from .validation import read_json, validate
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+
+_NO_TELEMETRY: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "auto_configure": False,
+}
+"""FastAPI's own would send queries and tracebacks wherever the environment says."""
 
 _HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 """Printable ASCII; a header holds other characters percent-encoded."""
@@ -59,7 +69,7 @@ def create_app(
         if telemetry.traces:
             await asyncio.to_thread(telemetry.traces.close)
 
-    app = FastAPI(title="mergeroute", lifespan=lifespan)
+    app = FastAPI(title="mergeroute", lifespan=lifespan, telemetry=_NO_TELEMETRY)
     started = int(time.time())
     _handle_errors(app)
     add_health_routes(app, service)
@@ -69,9 +79,7 @@ def create_app(
     app.add_middleware(Guard, policy=policy, limits=service.limits, routes=app.router.routes)
     add_cors(app, policy.cors_origins)
     app.add_middleware(Draining, service=service)
-    app.add_middleware(
-        Observed, metrics=metrics, telemetry=telemetry, routes=app.router.routes
-    )
+    app.add_middleware(Observed, metrics=metrics, telemetry=telemetry, routes=app.router.routes)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -109,6 +117,7 @@ def create_app(
         text = await asyncio.to_thread(metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    describe_routes(app, has_keys=policy.keys is not None)
     return app
 
 

@@ -18,10 +18,12 @@ from rich.markup import escape
 
 from ..adapters.errors import MergerouteError
 from .cli_banks import bank_commands
+from .cli_doctor import doctor_command
 from .cli_keys import key_commands
 from .cli_router import route_command, router_commands
 from .options import DeviceOption, DtypeOption, JsonOption, console
-from .settings import DEFAULT_PORT, ServeSettings, UsageError, read_settings
+from .settings import DEFAULT_PORT, ServeSettings, UsageError
+from .settings_file import read_settings
 
 app = typer.Typer(
     name="mergeroute",
@@ -31,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(bank_commands)
 app.add_typer(key_commands)
+app.add_typer(doctor_command)
 app.add_typer(route_command)
 app.add_typer(router_commands)
 
@@ -38,6 +41,10 @@ OPEN_TO_ALL = (
     "anybody who reaches %s may use the models, since no API keys are set: start with --api-keys "
     "FILE, or listen on 127.0.0.1. Routes that administer are refused meanwhile."
 )
+_ADHOC = "A bank made on the spot"
+_LIMITS = "Limits"
+_RUN_TIME = "Modules at run time"
+_TOLD = "Access, log and metrics"
 DEMO_BANK = Path(__file__).parent / "demo_bank"
 
 
@@ -107,13 +114,22 @@ def serve(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML (serve.yaml).")] = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or hub id, instead of a bank.")
+        str | None,
+        typer.Option(
+            help="Checkpoint folder or hub id, instead of a bank.", rich_help_panel=_ADHOC
+        ),
     ] = None,
     module: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="A LoRA folder; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH", help="A LoRA folder; repeatable.", rich_help_panel=_ADHOC
+        ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of the bank made of --backbone and --module.")
+        str | None,
+        typer.Option(
+            help="Name of the bank made of --backbone and --module.", rich_help_panel=_ADHOC
+        ),
     ] = None,
     host: HostOption = None,
     port: PortOption = None,
@@ -121,15 +137,21 @@ def serve(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_length: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="Most tokens of prompt and completion.")
+        int | None,
+        typer.Option(
+            metavar="TOKENS", help="Most tokens of prompt and completion.", rich_help_panel=_LIMITS
+        ),
     ] = None,
     max_concurrency: Annotated[
-        int | None, typer.Option(metavar="N", help="Most requests that run at once.")
+        int | None,
+        typer.Option(metavar="N", help="Most requests that run at once.", rich_help_panel=_LIMITS),
     ] = None,
     module_root: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="DIR", help="Folder that modules may be loaded from; repeatable. [default: .]"
+            metavar="DIR",
+            help="Folder that modules may be loaded from; repeatable. (default: .)",
+            rich_help_panel=_RUN_TIME,
         ),
     ] = None,
     module_memory: Annotated[
@@ -137,7 +159,8 @@ def serve(
         typer.Option(
             metavar="SIZE",
             help="Most memory of modules, as 2GB; the others are read when asked for. "
-            "[default: all stay in memory]",
+            "(default: all stay in memory)",
+            rich_help_panel=_LIMITS,
         ),
     ] = None,
     state: Annotated[
@@ -145,19 +168,30 @@ def serve(
         typer.Option(
             metavar="DIR",
             help="Folder that loads are kept in for a restart, or none. "
-            "[default: ~/.local/state/mergeroute/PORT]",
+            "(default: ~/.local/state/mergeroute/PORT)",
+            rich_help_panel=_RUN_TIME,
         ),
     ] = None,
     api_keys: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="API keys; see: mergeroute key. [default: none needed]"),
+        typer.Option(
+            metavar="FILE",
+            help="API keys; see: mergeroute key. (default: none needed)",
+            rich_help_panel=_TOLD,
+        ),
     ] = None,
-    log_format: Annotated[LogFormat | None, typer.Option(help="Form of the log lines.")] = None,
+    log_format: Annotated[
+        LogFormat | None, typer.Option(help="Form of the log lines.", rich_help_panel=_TOLD)
+    ] = None,
     metrics_compat: Annotated[
-        Compatible | None, typer.Option(help="Whose metrics to show beside ours.")
+        Compatible | None,
+        typer.Option(help="Whose metrics to show beside ours.", rich_help_panel=_TOLD),
     ] = None,
     otel: Annotated[
-        bool | None, typer.Option("--otel", help="Send OpenTelemetry traces, as OTEL_* says.")
+        bool | None,
+        typer.Option(
+            "--otel", help="Send OpenTelemetry traces, as OTEL_* says.", rich_help_panel=_TOLD
+        ),
     ] = None,
 ) -> None:
     """Serve banks, or a backbone with LoRA modules, behind the OpenAI API."""

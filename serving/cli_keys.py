@@ -39,11 +39,11 @@ def create(
     file: FileOption,
     scope: Annotated[
         list[ScopeName] | None,
-        typer.Option(help="What it may do; repeatable. [default: inference]"),
+        typer.Option(help="What it may do; repeatable. (default: inference)"),
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="What `model` may name; repeatable. [default: all]"),
+        typer.Option(metavar="NAME", help="What `model` may name; repeatable. (default: all)"),
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="At most.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="At most.")] = None,

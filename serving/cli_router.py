@@ -15,7 +15,8 @@ from rich.markup import escape
 
 from .options import DeviceOption, DtypeOption, JsonOption, console
 from .scoring import MetricName
-from .settings import UsageError, read_settings
+from .settings import UsageError
+from .settings_file import read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help need not
     from collections.abc import Iterable

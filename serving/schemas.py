@@ -178,7 +178,10 @@ class _Generation(StructuredFields):
 
     model: str = Field("auto", description="target", max_length=2048)
     blend: dict[str, float] | None = Field(None, description="weights by module, fixes the blend")
-    routing: Annotated[TokenRouting | None, PlainValidator(_as_routing)] = Field(
+    routing: Annotated[
+        TokenRouting | None,
+        PlainValidator(_as_routing, json_schema_input_type=str | dict[str, Any]),
+    ] = Field(
         None, description="layers weigh the bank's modules for every token, by this method"
     )
     conversation: _ConversationId | Conversation | None = Field(
@@ -194,7 +197,9 @@ class _Generation(StructuredFields):
     min_p: float | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices per prompt")
     seed: int | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field((), max_length=MAX_STOPS)
+    stop: Annotated[
+        tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...])
+    ] = Field((), max_length=MAX_STOPS)
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0, description="no end token before so many tokens")
@@ -388,7 +393,8 @@ def _one_by_one(given: str | list[int] | list[str] | list[list[int]]) -> list[st
 
 GenerationBody = ChatRequest | CompletionRequest
 
-_Sample = Annotated[str, StringConstraints(min_length=1)]
+
+_Sample = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
 
 class LoadModuleRequest(_Body):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -21,6 +18,7 @@ from pydantic import (
 from ..adapters.errors import MergerouteError
 from .access.limits import DEFAULT_LIMITS, Limits
 from .pressure import DEFAULT_PRESSURE, Pressure
+from .settings_sections import ConversationSettings, ModuleSourceSettings
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help need not
     from ..adapters.bank import Bank
@@ -45,33 +43,6 @@ class UsageError(SettingsError):
     """The command line is at fault."""
 
 
-class ConversationSettings(BaseModel):
-    """How conversations are routed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    mode: Literal["sticky", "each-turn"] = Field(
-        "sticky", description="keep the blend, or let the last turn alone decide"
-    )
-    margin: float = Field(
-        0.5, ge=0, le=1, description="by how much another module must lead to move a conversation"
-    )
-    patience: int = Field(
-        2, ge=1, description="turns in a row that are no module's until the backbone answers"
-    )
-    sessions: int = Field(10_000, ge=0, description="most conversations remembered by their id")
-    idle_minutes: float = Field(60, gt=0, description="how long an unused one is remembered")
-
-
-class ModuleSourceSettings(BaseModel):
-    """Where modules may come from at run time, beside the module roots."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    hub: bool = Field(False, description="whether lora_path may be a hub id: org/name or @revision")
-    uploads: bool = Field(False, description="whether clients may send modules")
-
-
 class ServeSettings(BaseModel):
     """What is served, where and how. Paths in a file are relative to the file."""
 
@@ -86,15 +57,21 @@ class ServeSettings(BaseModel):
     engine: Literal["torch"] = Field("torch", description="what runs the model")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
-    max_length: int | None = Field(None, ge=2, description="most tokens of prompt and completion")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="most tokens of prompt and completion; null: as many as the backbone was "
+        "trained for, at most 4096",
+    )
     max_concurrency: int = Field(16, ge=1, description="most requests that run at once")
     module_roots: tuple[str, ...] = Field(
         (".",), description="folders that modules may be loaded from at run time"
     )
     module_memory: int | None = Field(
         None,
-        description="most memory of the modules of each backbone, as 2GB: those asked for last "
-        "stay in it, the others are read from disk when they are asked for; none: all stay",
+        description="most memory of the modules of each backbone, in bytes or as 2GB: those asked "
+        "for last stay in it, the others are read from disk when they are asked for; null: all "
+        "stay",
     )
     pinned_modules: tuple[str, ...] = Field(
         (), description="modules that always stay in memory: NAME or BANK:NAME"
@@ -108,12 +85,12 @@ class ServeSettings(BaseModel):
     state: str | None = Field(
         None,
         description="folder that loads and unloads are kept in, for a restart; none: nowhere. "
-        "Unset: a folder for each port, under the user's state folder",
+        "null: ~/.local/state/mergeroute/PORT, or nowhere where the port is 0",
     )
     conversations: ConversationSettings = Field(
         ConversationSettings(), description="how conversations are routed"
     )
-    api_keys: str | None = Field(None, description="file of API keys; none: everybody may ask")
+    api_keys: str | None = Field(None, description="file of API keys; null: everybody may ask")
     cors_origins: tuple[str, ...] = Field(
         (), description="origins whose pages may call the server from a browser; ['*']: all"
     )
@@ -202,22 +179,32 @@ class ServeSettings(BaseModel):
             tool_parser=self.tool_parser,
         )
 
+    def state_path(self, port: int) -> Path | None:
+        """Where a server on this port would keep what outlives it; None: nowhere. A server that
+        takes any free port has no folder unless one is named: it would not be found again.
+        """
+        if self.state is not None:
+            return None if self.state == NO_STATE else Path(self.state).expanduser()
+        if self.port == 0:
+            return None
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(home) / "mergeroute" / str(port)
+
     def state_folder(self, port: int) -> StateFolder | None:
-        """Where the server on this port keeps what outlives it; None: nowhere. A server that takes
-        any free port has no folder unless one is named: it would not be found again.
+        """The folder at `state_path`; None where nothing is to be kept, or nothing can be written
+        in the user's state folder, which is logged.
 
         Raises:
             SettingsError: the folder that is named cannot be used, or uploads have none.
         """
         from .modules.state import StateFolder
 
-        if self.state not in (None, NO_STATE):
-            return StateFolder(Path(str(self.state)).expanduser())
-        if self.state is None and self.port != 0:
-            return _default_state(port)
-        if self.module_sources.uploads:
+        path = self.state_path(port)
+        if path is None and self.module_sources.uploads:
             raise SettingsError("uploads are kept in the state folder: name one with --state")
-        return None
+        if path is None or (self.state is None and not _is_made(path)):
+            return None
+        return StateFolder(path)
 
     @property
     def telemetry(self) -> Telemetry:
@@ -276,32 +263,7 @@ def _open_traces() -> Traces:
     return open_traces()
 
 
-def read_settings(path: Path | None, overrides: Mapping[str, object]) -> ServeSettings:
-    """Settings of a file, if there is one, with the command line's on top.
-
-    Raises:
-        SettingsError: the file cannot be read, or a value is not allowed.
-    """
-    values = _read_file(path) if path else {}
-    values |= {key: value for key, value in overrides.items() if value not in (None, (), {})}
-    try:
-        return ServeSettings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        message = f"{where}: {message}" if where else message
-        if path is None:
-            raise UsageError(message) from error
-        raise SettingsError(f"{path}: {message}") from error
-
-
-def _default_state(port: int) -> StateFolder | None:
-    """None, and a warning, where nothing can be written in the user's state folder."""
-    from .modules.state import StateFolder
-
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    folder = Path(home) / "mergeroute" / str(port)
+def _is_made(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -311,31 +273,5 @@ def _default_state(port: int) -> StateFolder | None:
             folder,
             error.strerror,
         )
-        return None
-    return StateFolder(folder)
-
-
-def _read_file(path: Path) -> dict[str, object]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"{path} holds no settings: write 'banks: [path/to/bank]'")
-    for key in ("banks", "modules", "module_roots", "api_keys"):
-        if key in values:
-            values[key] = _beside(path, values[key])
-    if values.get("state", NO_STATE) != NO_STATE:
-        values["state"] = _beside(path, values["state"])
-    if (path.parent / str(values.get("backbone"))).exists():  # else a hub id
-        values["backbone"] = _beside(path, values["backbone"])
-    return values
-
-
-def _beside(path: Path, value: object) -> object:
-    """The paths in a value, relative ones beside the file."""
-    if isinstance(value, list):
-        return [_beside(path, item) for item in value]
-    if isinstance(value, dict):
-        return {key: _beside(path, item) for key, item in value.items()}
-    return str(path.parent / value) if isinstance(value, str) else value
+        return False
+    return True

@@ -23,6 +23,7 @@ from .sources import Sources
 from .state import ModuleChange, State
 
 _INVALID = "invalid_lora_adapter"
+_ENOUGH_SAMPLES = 10
 
 
 class InvalidUserInput(ApiError):
@@ -72,6 +73,7 @@ def load(targets: Targets, state: State, body: LoadModuleRequest, sources: Sourc
     )
     try:
         loaded = introduced(targets, host, asked, told=state.of(host).change(name))
+        basis = _basis_or_undone(host, loaded)
     except (ModuleError, RouterError, BankError) as error:
         raise ApiError(
             f"Loading lora {body.lora_name} failed: {error}", param="lora_path", code=_INVALID
@@ -79,7 +81,7 @@ def load(targets: Targets, state: State, body: LoadModuleRequest, sources: Sourc
     kept = loaded.change.model_copy(update={"before": _before(state, host, name)})
     generation = state.last_generation(host, name) + 1
     after = state.replacing(state.of(host).changed(kept, generation=generation))
-    return replace(loaded.into(after), generation=generation, basis=_basis(host, loaded))
+    return replace(loaded.into(after), generation=generation, basis=basis)
 
 
 def unload(targets: Targets, state: State, body: UnloadModuleRequest) -> Change:
@@ -97,7 +99,7 @@ def unload(targets: Targets, state: State, body: UnloadModuleRequest) -> Change:
     try:
         host, name = _owner(targets, body.lora_name)
     except ApiError:
-        if (forgotten := _forgotten(targets, state, body.lora_name)) is None:
+        if (forgotten := _forgotten(targets, state, body)) is None:
             raise
         return Change(targets, forgotten)
     generation = _check_generation(state, host, name, body.expected_generation)
@@ -189,14 +191,14 @@ def _before(state: State, host: HostedBank, name: str) -> str | None:
     return host.digests.get(name) if is_its_own else None
 
 
-def _forgotten(targets: Targets, state: State, lora_name: str) -> State | None:
+def _forgotten(targets: Targets, state: State, body: UnloadModuleRequest) -> State | None:
     """Without a module that could not be brought back; None where there is none of this name."""
-    bank, _, name = lora_name.rpartition(":")
+    bank, _, name = body.lora_name.rpartition(":")
     for host in targets.hosted:
         told = state.of(host).change(name)
         if bank in ("", host.bank.name) and told is not None and told.error is not None:
             gone = ModuleChange(name=name, before=told.before)
-            generation = state.last_generation(host, name)
+            generation = _check_generation(state, host, name, body.expected_generation)
             return state.replacing(state.of(host).changed(gone, generation=generation))
     return None
 
@@ -229,6 +231,14 @@ def _check_backbone(host: HostedBank, body: LoadModuleRequest) -> None:
         )
 
 
+def _basis_or_undone(before: HostedBank, loaded: Introduced) -> str:
+    try:
+        return _basis(before, loaded)
+    except BaseException:
+        before.residency.unregister(str(loaded.change.digest))
+        raise
+
+
 def _basis(before: HostedBank, loaded: Introduced) -> str:
     """What the router goes by: asked of its decision on a prompt of the module's own."""
     host, card = loaded.host, loaded.card
@@ -239,13 +249,23 @@ def _basis(before: HostedBank, loaded: Introduced) -> str:
     if decision.token_routing:
         return f"The router ({host.router.name}) weighs it by its weights, token by token."
     if basis := decision.basis.get(card.name):
-        return f"The router knows it by {basis}."
+        return f"The router knows it by {basis}.{_few(len(card.samples))}"
     if card.name in host.router.modules:
         return "The router knows it."
     forgot = before.router is not None and card.name in before.router.modules
     return (
         f"The router {'forgot what it knew of other weights under this name and ' * forgot}has "
-        "nothing to go by: ask for it by name, or load it again in place, with samples."
+        f"nothing to go by{', since it reads no descriptions' * (card.description is not None)}: ask "
+        "for it by name, load it again in place with samples, or, if it is an mlp, fit it again."
+    )
+
+
+def _few(samples: int) -> str:
+    if not 0 < samples < _ENOUGH_SAMPLES:
+        return ""
+    return (
+        f" Give {_ENOUGH_SAMPLES} or more, in several wordings: with {samples} it may also take "
+        "prompts that merely share words with them."
     )
 
 

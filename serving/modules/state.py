@@ -89,8 +89,10 @@ class State(_Kept):
         return self.of(host).generations.get(name, came_with_bank)
 
     def generation(self, host: HostedBank, name: str) -> int:
-        """Of what has the name now; 0: nothing has."""
-        return self.last_generation(host, name) if name in host.digests else 0
+        """Of what has the name now, or should; 0: nothing has."""
+        told = self.of(host).change(name)
+        is_there = name in host.digests or (told is not None and told.error is not None)
+        return self.last_generation(host, name) if is_there else 0
 
 
 class StateFolder:

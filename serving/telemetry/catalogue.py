@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 PREFIX = "mergeroute_"
@@ -185,5 +187,13 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def renewed(page: str) -> str:
+    """A page with the table in its place."""
+    begin, end = "<!-- metrics: begin -->\n", "<!-- metrics: end -->"
+    head, _, rest = page.partition(begin)
+    return head + begin + table() + end + rest.partition(end)[2]
+
+
 if __name__ == "__main__":
-    print(table(), end="")  # noqa: T201
+    file = Path(sys.argv[1])
+    file.write_text(renewed(file.read_text()))

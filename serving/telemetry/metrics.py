@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
+from ..access.callers import ANYBODY
 from ..access.guard import Policy
 from ..service import Assignment, Service
 from .catalogue import PREFIX, RECORDED
@@ -38,11 +39,20 @@ class Metrics:
         }
         if telemetry.metrics_compat == "vllm":
             registry.register(VllmMetrics(service, self._histograms, self._counters["choices"]))
+        self._begin_at_zero()
         counters = self._counters
         by_module = [counters["module_weight"], counters["module_hits"]]
         by_key = [counters["key_requests"], counters["key_tokens"]]
         self._modules = Names(by_module, self._served_modules)
         self._keys = Names(by_key, self._valid_keys)
+
+    def _begin_at_zero(self) -> None:
+        """A rate needs a series before its first event."""
+        for spec in RECORDED:
+            if spec.labels == ("bank",):
+                metric = (self._counters | self._histograms)[spec.name]
+                for host in self._service.hosted:
+                    metric.labels(host.bank.name)
 
     def text(self) -> bytes:
         """The exposition format. Any thread."""
@@ -107,4 +117,4 @@ class Metrics:
 
     def _valid_keys(self) -> Collection[tuple[str]]:
         keys = self._policy.keys
-        return {(key.name,) for key in keys.keys} if keys else set()
+        return {(ANYBODY.name,), *((key.name,) for key in (keys.keys if keys else ()))}

@@ -14,8 +14,10 @@ from .record import RequestRecord
 logger = logging.getLogger("mergeroute.requests")
 
 _PROBES = frozenset(("/health", "/live", "/ready", "/metrics"))
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""What ends a line, moves a cursor or turns the direction of writing."""
+_UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What ends a line, moves a cursor, turns the direction of writing or cannot be written."""
 
 _PLAIN = re.compile(r"[^\s\"'=\\]+")
 
@@ -43,8 +45,8 @@ def log_request(record: RequestRecord, *, logs_prompts: bool) -> None:
 
 
 def escaped(text: str) -> str:
-    r"""A text with its control characters written out: `\n`, `\x1b`, `\u2028`."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    r"""A text with its control characters written out as in JSON: `\u000a`, `\u001b`."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class TextLines(logging.Formatter):

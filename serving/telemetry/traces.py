@@ -31,6 +31,7 @@ from opentelemetry.util.types import AttributeValue
 
 from ..responses import blend_text
 from .record import RequestRecord
+from .request_log import escaped
 
 _NAME = "mergeroute"
 _OPERATIONS = {
@@ -132,9 +133,9 @@ def _attributes(record: RequestRecord) -> Iterator[tuple[str, AttributeValue]]:
         yield "gen_ai.operation.name", operation
         yield "gen_ai.provider.name", _NAME
     if record.model is not None:
-        yield "gen_ai.request.model", record.model
+        yield "gen_ai.request.model", escaped(record.model)
     if record.conversation:
-        yield "gen_ai.conversation.id", record.conversation
+        yield "gen_ai.conversation.id", escaped(record.conversation)
     yield from _answered(record)
 
 

@@ -30,6 +30,7 @@ from mergeroute.serving.access.guard import EVERYBODY, Policy
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.server import bind, configuration
 from mergeroute.serving.service import Service
+from mergeroute.serving.telemetry.options import QUIET, Telemetry
 
 from ..tiny import make_model, make_module, make_tokenizer
 
@@ -152,9 +153,11 @@ def served(bank: Bank) -> Iterator[Served]:
 class running:
     """Serve in a thread for the length of a block; the block gets the URL."""
 
-    def __init__(self, service: Service, policy: Policy = EVERYBODY) -> None:
+    def __init__(
+        self, service: Service, policy: Policy = EVERYBODY, telemetry: Telemetry = QUIET
+    ) -> None:
         self._socket = bind("127.0.0.1", 0)
-        self._server = uvicorn.Server(configuration(service, policy))
+        self._server = uvicorn.Server(configuration(service, policy, telemetry))
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
 
     def __enter__(self) -> str:

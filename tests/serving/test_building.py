@@ -64,7 +64,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 def write_examples(path: Path, names: str, *, count: int = 12) -> str:
     lines = [
-        {"task": name, "prompt": f"{WORDS[name]} {k}", "answer": f"{k}"}
+        {"task": name, "prompt": f"{WORDS[name]} {11 + 7 * k}", "answer": f"{k}"}
         for name in names
         for k in range(count)
     ]
@@ -157,7 +157,7 @@ def greedy(bank: Bank, blend: Blend, prompt: str, count: int = 10) -> str:
 
 
 @pytest.mark.parametrize("shared", ["folded", "module"])
-@pytest.mark.parametrize(("name", "words"), [("c", "shout the word 77"), ("d", "0 1 2 3 4 77")])
+@pytest.mark.parametrize(("name", "words"), [("c", "shout the word 61"), ("d", "0 1 2 3 4 61")])
 def test_the_router_of_a_built_bank_picks_the_module(
     name: str, words: str, shared: str, client: openai.OpenAI, routed: dict[str, Bank]
 ) -> None:

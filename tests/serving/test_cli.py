@@ -151,7 +151,7 @@ def test_a_fault_of_the_input_is_one_message_and_status_1(
     free = ("--port", 0)
     cases: list[tuple[Sequence[object], str]] = [
         (("serve", tmp_path / "nothing", *free), "is no bank"),
-        (("serve", "--config", config), "bank: Extra inputs"),
+        (("serve", "--config", config), "did you mean banks?"),
         (("serve", "--backbone", tmp_path, *free), "config.json"),
         (("serve", bank_path, "--port", port), "choose another with --port"),
         (("serve", bank_path, "--device", "tpu", *free), "device 'tpu'"),

@@ -20,7 +20,8 @@ from mergeroute.runtime.residency import Residency
 from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service, ServiceOptions
-from mergeroute.serving.settings import ServeSettings, SettingsError, UsageError, read_settings
+from mergeroute.serving.settings import ServeSettings, SettingsError, UsageError
+from mergeroute.serving.settings_file import read_settings
 
 from ..tiny import make_model, make_module, make_prompt, make_tokenizer, reference_tokens
 from .conftest import running

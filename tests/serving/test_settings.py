@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mergeroute.routers.conversation import Stickiness
-from mergeroute.serving.settings import ServeSettings, SettingsError, read_settings
+from mergeroute.serving.settings import ServeSettings, SettingsError
+from mergeroute.serving.settings_file import read_settings
 
 
 def write(folder: Path, text: str) -> Path:

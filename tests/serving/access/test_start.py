@@ -10,7 +10,8 @@ import pytest
 from mergeroute.adapters.bank import Bank
 from mergeroute.serving.access.key_file import KeyFileError
 from mergeroute.serving.access.limits import DEFAULT_LIMITS
-from mergeroute.serving.settings import ServeSettings, SettingsError, read_settings
+from mergeroute.serving.settings import ServeSettings, SettingsError
+from mergeroute.serving.settings_file import read_settings
 
 from ..process import serving
 from .conftest import make_key

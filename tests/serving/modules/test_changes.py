@@ -256,6 +256,7 @@ def test_a_conversation_outlives_other_modules_and_leaves_its_own(hot: Hot) -> N
         ({"lora_name": "new", "lora_path": "sing", "samples": "x"}, 400, "samples"),
         ({"lora_name": "new", "lora_path": "sing", "samples": [1]}, 400, "samples.0"),
         ({"lora_name": "new", "lora_path": "sing", "samples": [""]}, 400, "samples.0"),
+        ({"lora_name": "new", "lora_path": "sing", "samples": [" "]}, 400, "samples.0"),
         ({"lora_name": "new", "lora_path": "sing", "samples": ["x", None]}, 400, "samples.1"),
         ({"lora_name": "new", "lora_path": "sing", "samples": ["x" * 400]}, 400, "samples.0"),
         ({"lora_name": "new", "lora_path": "sing", "samples": ["x"] * 1001}, 400, "at most 1000"),

@@ -1,0 +1,87 @@
+"""What will work and what will not, told before a server is started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..adapters.bank import Bank
+from ..adapters.errors import MergerouteError
+from ..runtime.loading import choose_device, choose_dtype
+from .doctor_bank import Examined, check_bank
+from .doctor_machine import check_device, check_host, check_installation
+from .doctor_memory import Estimate, check_memory, estimate
+from .findings import FaultError, Finding, required
+from .hosting import host_banks
+from .settings import ServeSettings
+
+
+def examine(settings: ServeSettings | None, *, loads: bool = True) -> Iterator[Finding]:
+    """Look at everything that a server with these settings would need; None: at the installation.
+
+    loads: load what fits into memory, which alone proves that attention can be served exactly and
+    that routers run. Nothing is kept.
+    """
+    yield from check_installation()
+    try:
+        yield from check_device(*((settings.device, settings.dtype) if settings else ("auto",) * 2))
+        if settings:
+            yield from check_host(settings)
+            yield from _banks(settings, loads)
+    except FaultError as error:
+        yield error.finding
+
+
+def _banks(settings: ServeSettings, loads: bool) -> Iterator[Finding]:
+    banks = required("banks", settings.open_banks)
+    examined: list[Examined] = []
+    for bank in banks:
+        for found in check_bank(bank, settings):
+            if isinstance(found, Finding):
+                yield found
+            else:
+                examined.append(found)
+    device = choose_device(settings.device)
+    memory = check_memory(_estimates(examined, settings, device), device)
+    yield memory
+    if not loads:
+        yield Finding("note", "load", "nothing was loaded: attention and routers were not tried")
+    elif memory.level == "error" or not all(one.is_sound for one in examined):
+        yield Finding("note", "load", "nothing was loaded: put right first what is at fault above")
+    else:
+        yield _loaded(banks, settings)
+
+
+def _estimates(
+    examined: Sequence[Examined], settings: ServeSettings, device: torch.device
+) -> list[Estimate]:
+    """One of each backbone: banks on the same one share its engine."""
+    dtype = choose_dtype(settings.dtype, device)
+    backbones = {one.bank.backbone.digest: one.bank.backbone for one in examined}
+    return [
+        estimate(
+            backbone,
+            [m for one in examined if one.bank.backbone.digest == digest for m in one.modules],
+            settings,
+            dtype,
+        )
+        for digest, backbone in backbones.items()
+    ]
+
+
+def _loaded(banks: Sequence[Bank], settings: ServeSettings) -> Finding:
+    started = time.monotonic()
+    try:
+        hosted = host_banks(banks, settings.placement)
+    except MergerouteError as error:
+        return Finding("error", "load", str(error))
+    for host in hosted:
+        host.residency.stop()
+    return Finding(
+        "ok",
+        "load",
+        f"in {time.monotonic() - started:.1f} s: attention gives the model's own logits, modules "
+        "fit, routers run",
+    )
