@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARITY := $(VENV)/.installed-parity
+COMPAT := $(VENV)/.installed-compat
 
-.PHONY: demo serve test parity lint format zoo bench clean
+.PHONY: demo serve test parity compat lint format zoo bench clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -32,6 +33,14 @@ $(PARITY): $(STAMP)
 
 parity: $(PARITY)
 	$(BIN)/pytest -m parity tests/parity
+
+# lm-eval brings 30 packages, pyarrow among them: only here
+$(COMPAT): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,compat]'
+	touch $(COMPAT)
+
+compat: $(COMPAT)
+	$(BIN)/pytest -m compat tests/serving
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -30,7 +30,8 @@ from mergeroute.adapters.backbone import linear_layers
 from mergeroute.adapters.blend import UNITS, Blend
 from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.lora import Module
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import GenerationRequest, SamplingParams
 
 from .machine import describe_machine

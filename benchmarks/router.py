@@ -26,13 +26,14 @@ from rich.table import Table
 
 from mergeroute.adapters.blend import Blend
 from mergeroute.routers.base import Query
+from mergeroute.routers.loading import signal_of
 from mergeroute.routers.policies import Policy
 from mergeroute.routers.router import RequestRouter
 from mergeroute.routers.settings import DEFAULT_POLICY, SignalSettings
-from mergeroute.routers.store import signal_of
 from mergeroute.routers.training import Labelled, fit
 from mergeroute.runtime.loading import choose_device, choose_dtype
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import GenerationRequest, SamplingParams
 
 from .engine import FULL_MODEL, QUICK_MODEL, make_module

@@ -40,11 +40,11 @@ from examples.zoo.tasks import (
 )
 from mergeroute.adapters.bank import Bank
 from mergeroute.routers.base import Query, Scorer, Signal
+from mergeroute.routers.loading import signal_of
 from mergeroute.routers.policies import Policy
 from mergeroute.routers.report import Case, report
 from mergeroute.routers.router import RequestRouter
 from mergeroute.routers.settings import DEFAULT_POLICY, SignalSettings
-from mergeroute.routers.store import signal_of
 from mergeroute.routers.training import Labelled, fit, read
 from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.serving.chat import user_prompt

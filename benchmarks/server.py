@@ -4,7 +4,8 @@ the bare engine, and what a thousand modules do to it.
 A random model, `mergeroute serve` in a process of its own, clients in this one, which share the
 machine's cores. All requests are streamed chats of random prompts, none asked twice of one server,
 greedy, in float32. What is compared runs in turn, so that drifts of the machine fall on all of it;
-ratios are the medians of the turns' own.
+ratios are the medians of the turns' own. Beside the clock stands the CPU time of the process that
+answers, which other programs on the machine disturb least.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mergeroute.routers.base import Decision, Query
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.types import SamplingParams
 from mergeroute.serving.hosting import HostedBank, Placement, host_banks
 
@@ -65,7 +66,7 @@ class Scale:
 
 
 FULL = Scale(FULL_MODEL, modules=1000)
-QUICK = Scale(QUICK_MODEL, modules=200, words=16, tokens=4)
+QUICK = Scale(QUICK_MODEL, modules=1000, words=32, tokens=16, requests=8)
 
 
 @dataclass
@@ -114,9 +115,9 @@ def by_concurrency(bench: Bench) -> dict[str, Any]:
 
 
 def overhead(bench: Bench) -> dict[str, Any]:
-    """The same requests on the bare engine, by name and routed, in turn."""
+    """The same requests on the bare engine and routed, others by name, in turn."""
     count = CLIENTS * bench.scale.requests
-    seconds: dict[str, list[float]] = {BARE: [], PINNED: [], AUTO: []}
+    turns: Turns = {BARE: [], PINNED: [], AUTO: []}
     options = EngineOptions(max_length=MAX_LENGTH, max_concurrency=SLOTS)
     (hosted,) = host_banks([open_bank(bench.made.few)], Placement(dtype="float32", options=options))
     with bench.server(bench.made.few) as server, hosted.engine:
@@ -124,15 +125,34 @@ def overhead(bench: Bench) -> dict[str, Any]:
         for repeat in range(bench.repeats):
             err.print(f"overhead, turn {repeat + 1} of {bench.repeats}")
             routed = bench.asks(count, lambda _: "auto")
-            seconds[BARE].append(run_engine(hosted, routed).seconds)
-            seconds[AUTO].append(server.ask(routed, clients=CLIENTS).seconds)
-            seconds[PINNED].append(server.ask(bench.asks(count), clients=CLIENTS).seconds)
-    costs = {
-        row: [100 * (1 - bare / own) for bare, own in zip(seconds[BARE], seconds[row], strict=True)]
-        for row in (PINNED, AUTO)
+            turns[BARE].append(run_engine(hosted, routed))
+            turns[AUTO].append(server.ask(routed, clients=CLIENTS))
+            turns[PINNED].append(server.ask(bench.asks(count), clients=CLIENTS))
+    return {
+        "bar": OVERHEAD_BAR,
+        "rows": {row: relative(turns, row, BARE) for row in (PINNED, AUTO)},
+        "figures": {row: median_figures(loads) for row, loads in turns.items()},
     }
-    shown = {row: {"percent": median(each), "turns": each} for row, each in costs.items()}
-    return {"seconds": seconds, "overhead": shown, "bar": OVERHEAD_BAR}
+
+
+Turns = dict[str, list[Load]]
+"""Of each row, one load a turn."""
+
+
+def relative(turns: Turns, row: str, other: str) -> dict[str, Any]:
+    """Throughput of a row relative to another, by the clock and by CPU time, turn by turn."""
+    pairs = list(zip(turns[row], turns[other], strict=True))
+    by = {
+        "wall": [theirs.seconds / own.seconds for own, theirs in pairs],
+        "cpu": [theirs.cpu / own.cpu for own, theirs in pairs],
+    }
+    return {clock: {"median": median(each), "turns": each} for clock, each in by.items()}
+
+
+def median_figures(loads: list[Load]) -> dict[str, float]:
+    """Medians over the turns."""
+    figures = [load.figures for load in loads]
+    return {name: median(each[name] for each in figures) for name in figures[0]}
 
 
 def decided(hosted: HostedBank, ask: Ask) -> Decision:
@@ -164,9 +184,11 @@ def run_engine(hosted: HostedBank, asks: list[Ask]) -> Load:
             answers.append(Answer(sent, arrivals))
         return answers
 
+    before = time.process_time()
     with ThreadPoolExecutor(CLIENTS) as pool:
         running = [pool.submit(client) for _ in range(CLIENTS)]
-        return Load(tuple(answer for each in running for answer in each.result()))
+        answers = tuple(answer for each in running for answer in each.result())
+    return Load(answers, time.process_time() - before)
 
 
 def hot_modules(bench: Bench) -> dict[str, Any]:
@@ -174,7 +196,7 @@ def hot_modules(bench: Bench) -> dict[str, Any]:
     many, with the same memory for modules.
     """
     count = CLIENTS * bench.scale.requests
-    seconds: dict[str, list[float]] = {"few": [], "many": []}
+    turns: Turns = {"few": [], "many": []}
     with (
         bench.server(bench.made.few, room=ROOMS[0]) as few,
         bench.server(bench.made.many, room=ROOMS[0]) as many,
@@ -182,11 +204,16 @@ def hot_modules(bench: Bench) -> dict[str, Any]:
         for repeat in range(bench.repeats):
             err.print(f"hot modules, turn {repeat + 1} of {bench.repeats}")
             asks = bench.asks(count)
-            seconds["few"].append(few.ask(asks, clients=CLIENTS).seconds)
-            seconds["many"].append(many.ask(asks, clients=CLIENTS).seconds)
-    ratios = [few / many for few, many in zip(seconds["few"], seconds["many"], strict=True)]
-    names = {"registered": bench.scale.modules, "hot": HOT, "room": ROOMS[0]}
-    return {**names, "seconds": seconds, "ratio": median(ratios), "turns": ratios, "bar": HOT_BAR}
+            turns["few"].append(few.ask(asks, clients=CLIENTS))
+            turns["many"].append(many.ask(asks, clients=CLIENTS))
+    return {
+        "registered": bench.scale.modules,
+        "hot": HOT,
+        "room": ROOMS[0],
+        "bar": HOT_BAR,
+        "rows": {f"{bench.scale.modules} registered": relative(turns, "many", "few")},
+        "figures": {row: median_figures(loads) for row, loads in turns.items()},
+    }
 
 
 def uniform(bench: Bench) -> dict[str, Any]:
@@ -238,18 +265,27 @@ def show(found: Mapping[str, Any]) -> None:
     if part := found.get("concurrency"):
         console.print(figures_table("by clients, model auto", part["rows"]))
     if part := found.get("overhead"):
-        for row, cost in part["overhead"].items():
-            turns = ", ".join(f"{turn:.1f}" for turn in cost["turns"])
-            console.print(f"{row}: {cost['percent']:.1f} % over the bare engine ({turns})")
-        console.print(f"bar: {part['bar']:g} % with model auto, {CLIENTS} clients")
+        bar = 1 - part["bar"] / 100
+        console.print(ratio_table(f"relative to the {BARE}, {CLIENTS} clients", part, bar))
+        console.print(figures_table("medians", part["figures"]))
     if part := found.get("hot"):
-        turns = ", ".join(f"{turn:.3f}" for turn in part["turns"])
-        console.print(
-            f"{part['registered']} registered, {HOT} hot: {part['ratio']:.3f} of the throughput of "
-            f"{HOT} registered ({turns}); bar {part['bar']}"
-        )
+        title = f"{HOT} hot modules, relative to {HOT} registered, {CLIENTS} clients"
+        console.print(ratio_table(title, part, part["bar"]))
     if part := found.get("uniform"):
         console.print(figures_table(f"{part['registered']} registered, by room", part["rows"]))
+
+
+def ratio_table(title: str, part: Mapping[str, Any], bar: float) -> Table:
+    """Relative throughput by both clocks."""
+    table = Table("", "by the clock", "by CPU time", "bar", title=title)
+    for name, row in part["rows"].items():
+        shown = [
+            f"{row[clock]['median']:.3f} ({min(row[clock]['turns']):.3f} to "
+            f"{max(row[clock]['turns']):.3f})"
+            for clock in ("wall", "cpu")
+        ]
+        table.add_row(name, *shown, f"{bar:g}")
+    return table
 
 
 MEASURES = {
@@ -265,7 +301,10 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results there.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of what is compared.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model, to try it out.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A small model: what does not hang on the model shows more."),
+    ] = False,
 ) -> None:
     """Measure a server."""
     torch.set_num_threads(threads)
@@ -278,9 +317,9 @@ def main(
             load = os.getloadavg()[0]
             found[part] = {**MEASURES[part](bench), "load_average": round(load, 1)}
             show({part: found[part]})
-    document = {"machine": describe_machine(), "threads": threads, **found}
-    if json_file:
-        json_file.write_text(json.dumps(document, indent=2) + "\n")
+            if json_file:
+                document = {"machine": describe_machine(), "threads": threads, **found}
+                json_file.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.lora import Module
 from mergeroute.routers.base import Query
+from mergeroute.routers.loading import signal_of
 from mergeroute.routers.settings import LearnedSettings, SignalSettings
-from mergeroute.routers.store import save_router, signal_of
+from mergeroute.routers.store import save_router
 from mergeroute.routers.training import Labelled, fit
 from mergeroute.runtime.torch_engine import TorchEngine
 

@@ -54,9 +54,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """What came of requests. seconds: from the first one sent to the last token."""
+    """What came of requests. cpu: seconds of the process that answered, on all its threads.
+    seconds: from the first one sent to the last token.
+    """
 
     answers: tuple[Answer, ...]
+    cpu: float
 
     @property
     def seconds(self) -> float:
@@ -126,7 +129,15 @@ class Server:
 
     def ask(self, asks: Sequence[Ask], *, clients: int) -> Load:
         """Streamed chats, so many at a time; each client sends its next when one has ended."""
-        return asyncio.run(_ask_all(self.url, asks, clients))
+        before = self._cpu()
+        answers = asyncio.run(_ask_all(self.url, asks, clients))
+        return Load(answers, self._cpu() - before)
+
+    def _cpu(self) -> float:
+        """Seconds since its start. Linux only."""
+        stat = Path("/proc", str(self._process.pid), "stat").read_text()
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def cold_loads(self) -> int:
         """Modules that were read from disk for requests, since the start."""
@@ -134,7 +145,7 @@ class Server:
         return sum(module["cold_loads"] for module in listed)
 
 
-async def _ask_all(url: str, asks: Sequence[Ask], clients: int) -> Load:
+async def _ask_all(url: str, asks: Sequence[Ask], clients: int) -> tuple[Answer, ...]:
     left = iter(asks)
     answers: list[Answer] = []
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
@@ -145,7 +156,7 @@ async def _ask_all(url: str, asks: Sequence[Ask], clients: int) -> Load:
                 answers.append(await _answer(http, ask))
 
         await asyncio.gather(*(client() for _ in range(clients)))
-    return Load(tuple(answers))
+    return tuple(answers)
 
 
 async def _answer(http: httpx.AsyncClient, ask: Ask) -> Answer:

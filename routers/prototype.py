@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor
 
 from ..adapters.errors import RouterError
 from .base import Scores
 from .calibration import Calibration
+from .covariance import clustered, feature_scale, ledoit_wolf, whitening_of
 from .folds import calibrate, targets_of
 
 _NONE = -1
@@ -19,13 +19,8 @@ _PROMPTS_PER_NONE_CENTROID = 24
 _MOST_NONE_CENTROIDS = 64
 _TENSORS = ("means", "owners", "bias", "allowance", "spread", "center", "whitening")
 _FEWEST_FOR_ALLOWANCE = 3
-_DEVIATIONS = 3.0
+_DEVIATIONS = 4.0
 _ROWS_AT_ONCE = 32
-_ROUNDING = 1e-6
-"""A feature that varies by less, beside its own magnitude, is always the same but for rounding."""
-
-_RARE_PROMPTS = 3
-"""In how many more prompts a feature is taken to have been at its farthest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +120,7 @@ class Prototype:
     def with_module(self, name: str, features: Tensor) -> Prototype:
         """This scorer and the mean of features [n, d]; see `Head.with_module`.
 
-        Its allowance lets in all but what lies three standard deviations from its samples, as far
+        Its allowance lets in all but what lies four standard deviations from its samples, as far
         as each is told from other prompts by a mean of the rest.
         """
         without = self.without_module(name)
@@ -248,19 +243,19 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _fit(rows: Tensor, targets: Tensor, modules: Sequence[str], centroids: int) -> Prototype:
     """Means and whitening, not calibrated yet; the class after the modules is none."""
-    center, (scale, rare) = rows.mean(0), _scale(rows)
+    center, (scale, rare) = rows.mean(0), feature_scale(rows)
     scaled = (rows - center) / scale
     none = scaled[targets == len(modules)]
     clusters = [
         (k, group)
         for k in range(len(modules))
-        for group in _clusters(scaled[targets == k], centroids)
+        for group in clustered(scaled[targets == k], centroids)
     ]
     wanted = min(_MOST_NONE_CENTROIDS, -(-len(none) // _PROMPTS_PER_NONE_CENTROID))
-    clusters += [(_NONE, group) for group in _clusters(none, wanted)]
+    clusters += [(_NONE, group) for group in clustered(none, wanted)]
     means = torch.stack([group.mean(0) for _, group in clusters])
     residuals = torch.cat([group - group.mean(0) for _, group in clusters])
-    whitening = _whitening(ledoit_wolf(residuals) + rare.diag())
+    whitening = whitening_of(ledoit_wolf(residuals) + rare.diag())
     spread = (residuals @ whitening).square().sum() / max(1, len(residuals) - len(clusters))
     sizes = torch.tensor([len(group) for _, group in clusters])
     return Prototype(
@@ -273,60 +268,3 @@ def _fit(rows: Tensor, targets: Tensor, modules: Sequence[str], centroids: int) 
         center=center,
         whitening=whitening / scale[:, None],
     )
-
-
-def _scale(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What each feature of rows [n, d] is divided by, and what its variance then lacks to 1, [d].
-
-    Each is taken by itself, whatever its unit: by its standard deviation as if it had been at its
-    farthest in some prompts more. A feature that one prompt in a thousand has would otherwise lie
-    thirty deviations out in the next prompt that has it, and decide alone. A feature that is always
-    the same says nothing about others: it is divided by infinity.
-    """
-    deviations = rows - rows.mean(0)
-    farthest = deviations.abs().amax(0)
-    rare = _RARE_PROMPTS * farthest.square() / (len(rows) - 1)
-    variance = deviations.square().sum(0) / (len(rows) - 1) + rare
-    varies = farthest > _ROUNDING * rows.abs().amax(0)
-    return variance.sqrt().where(varies, torch.inf), (rare / variance).where(varies, 0.0)
-
-
-def _clusters(rows: Tensor, count: int) -> list[Tensor]:
-    """Rows [n, d] in at most `count` groups that are not empty, at least two rows to each mean on
-    average, and no more than there are different rows; the same every time."""
-    different = len(rows.unique(dim=0))  # type: ignore[no-untyped-call]
-    for number in range(min(count, len(rows) // 2, different), 1, -1):
-        try:
-            _, labels = kmeans2(rows.numpy(), number, minit="++", seed=0, iter=50, missing="raise")
-        except ClusterError:  # a group lost all its rows to others
-            continue
-        groups = torch.from_numpy(labels)
-        return [rows[groups == k] for k in range(number)]
-    return [rows] if len(rows) else []
-
-
-def _whitening(covariance: Tensor) -> Tensor:
-    """[d, d] after which rows with this covariance have the identity."""
-    values, vectors = torch.linalg.eigh(covariance)
-    if not values.max() > 0:
-        raise RouterError("the prompts of each module are all alike: give different ones")
-    floor = values.max() * 1e-10
-    whitening: Tensor = vectors / values.clamp_min(floor).sqrt()  # columns scaled
-    return whitening
-
-
-def ledoit_wolf(residuals: Tensor) -> Tensor:
-    """Covariance [d, d] of centred rows [n, d], shrunk towards a multiple of the identity.
-
-    Source: Ledoit and Wolf 2004, A well-conditioned estimator for large-dimensional covariance
-    matrices, Journal of Multivariate Analysis 88, section 3.
-    """
-    count, size = residuals.shape
-    covariance = residuals.T @ residuals / count
-    mean_variance = covariance.diagonal().mean()
-    identity = torch.eye(size, dtype=residuals.dtype)
-    dispersion = (covariance - mean_variance * identity).square().sum()
-    squared_norms = residuals.square().sum(1)
-    noise = (squared_norms.square().sum() / count - covariance.square().sum()) / count
-    shrinkage = (noise / dispersion).clamp(0, 1) if dispersion > 0 else torch.tensor(1.0)
-    return (1 - shrinkage) * covariance + shrinkage * mean_variance * identity

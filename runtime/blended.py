@@ -8,6 +8,9 @@ modules are weighed by token, a linear layer adds to g what it takes from x.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -201,6 +204,23 @@ def resized(rows: Tensor, count: int) -> Tensor:
     new = rows.new_empty(count, rows.shape[1])
     new[:kept] = rows[:kept]
     return new
+
+
+def gather(tensors: Iterable[Tensor], index: Sequence[int]) -> None:
+    """Bring rows to the front, rows[:n] = rows[index], of all tensors that have any. What it takes
+    of memory it takes before the first is moved.
+    """
+    filled = [rows for rows in tensors if len(rows)]
+    if not filled:
+        return
+    device, count = filled[0].device, len(index)
+    chosen = torch.tensor(index, dtype=torch.long, device=device)
+    most = max(rows.shape[1] * rows.itemsize for rows in filled)
+    scratch = torch.empty(count * most, dtype=torch.uint8, device=device)
+    for rows in filled:
+        size = count * rows.shape[1] * rows.itemsize
+        moved = scratch[:size].view(rows.dtype).view(count, rows.shape[1])
+        rows[:count] = torch.index_select(rows, 0, chosen, out=moved)
 
 
 def _no_rows(vector: Tensor | None, weight: Tensor) -> Tensor:

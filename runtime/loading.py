@@ -71,7 +71,18 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any: 
             f"{path} lacks the tensor {missing[0]!r} ({len(missing)} in all): the checkpoint is "
             "incomplete, copy it again"
         )
+    if device.type == "cpu":
+        _leave_files(model)
     return model.to(device).eval()
+
+
+@torch.no_grad()
+def _leave_files(model: Any) -> None:  # noqa: ANN401
+    """Copy weights that are mapped from a file: one that is overwritten while it is served would
+    change them, and one that is cut short would end the process (SIGBUS).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(path: Path) -> Any:  # noqa: ANN401

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import get_args
 
@@ -13,13 +12,15 @@ from torch import Tensor, nn
 
 from ..adapters.blend import Blend
 from ..adapters.delta import LowRank
-from ..adapters.errors import ModuleError, UnknownModuleError
+from ..adapters.errors import UnknownModuleError
 from ..adapters.lora import Module
 from ..adapters.shapes import Shapes
-from .blended import BlendedEmbedding, BlendedLinear, BlendedMatrix, BlendedVectors
+from .blended import BlendedMatrix, BlendedVectors, gather
 from .blending import Part
 from .footprint import Demand, Footprint, Room
-from .probing import Probe
+from .model_layers import ModelLayers
+from .prepared import Preparation, PreparedModule
+from .vector_slots import VectorSlots
 
 WHOLE_STACK_SHARE = 2 / 3
 """Above this share of active ranks one pass over the whole stack beats a loop over slices."""
@@ -31,34 +32,6 @@ _BESIDE: dict[Part, str] = {
     "vectors": "norms or biases",
     "head_vectors": "the head's bias",
 }
-
-
-@dataclass(frozen=True)
-class PreparedModule:
-    """A module ready to be copied in.
-
-    factors: A [r, i] and B [r, o] by layer, in the model's dtype. vectors: changes by parameter.
-    parts: the parts of the model that it changes. gates: its gate vectors, float32.
-    """
-
-    name: str
-    digest: str
-    footprint: Footprint
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    vectors: Mapping[str, Tensor]
-    parts: frozenset[Part]
-    gates: Mapping[str, Tensor]
-
-    @property
-    def rank(self) -> int:
-        """How many ranks it takes, at least 1."""
-        return self.footprint.rank
-
-    def to(self, device: torch.device) -> PreparedModule:
-        """The same with what is copied in on a device."""
-        factors = {n: (a.to(device), b.to(device)) for n, (a, b) in self.factors.items()}
-        vectors = {n: vector.to(device) for n, vector in self.vectors.items()}
-        return replace(self, factors=factors, vectors=vectors)
 
 
 @dataclass(frozen=True)
@@ -100,20 +73,18 @@ class ModuleStack:
         self.shapes = Shapes.of(model)
         self.room = Room.of(model, self.shapes, budget)
         self.layout = 0
-        self._probe = Probe(model, self.shapes)
+        self._model_layers = ModelLayers(model, self.shapes)
+        self._preparation = Preparation(model, self.shapes, self._model_layers)
         self._model = model
         self._layers: dict[str, BlendedMatrix] = {}
-        self._vectors: dict[str, BlendedVectors] = {}
+        self._slots = VectorSlots(model)
         self._slices: dict[str, tuple[int, int]] = {}
         self._footprints: dict[str, Footprint] = {}
         self._told: dict[str, _Told] = {}
         self._spreads: dict[tuple[str, ...], Tensor] = {}
-        self._slots: dict[str, int] = {}
-        self._slot_ranks = torch.zeros(0, dtype=torch.long)
         self._changing: dict[Part, set[str]] = {part: set() for part in get_args(Part)}
         self._capacity = 0
         self._slot_capacity = 0
-        self._names: dict[frozenset[str], frozenset[str]] = {}
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._slices
@@ -130,7 +101,7 @@ class ModuleStack:
     def nbytes(self) -> int:
         """Bytes that all factors and vectors take, used or free."""
         layers: list[BlendedMatrix | BlendedVectors] = [*self._layers.values()]
-        layers += self._vectors.values()
+        layers += self._slots.layers.values()
         return sum(tensor.nbytes for layer in layers for tensor in layer.tensors)
 
     @property
@@ -149,30 +120,7 @@ class ModuleStack:
             ModuleError: it does not fit the model's layers or its dtype.
             UnsupportedModelError: the model does not run a layer in a way that can be blended.
         """
-        module.check(self.shapes)
-        dtype = next(self._model.parameters()).dtype
-        deltas = module.resolved(self.shapes)
-        for name in deltas:
-            self._check(name)
-        for name in module.vectors:
-            owner, _, _ = name.rpartition(".")
-            self._probe.row_dim(owner)
-            self._probe.unit(owner)
-        return PreparedModule(
-            name=module.name,
-            digest=module.digest,
-            footprint=Footprint(
-                max(1, module.rank),
-                self._interned(deltas),
-                self._interned(name.rpartition(".")[0] for name in module.vectors),
-            ),
-            factors={n: self._prepared(n, delta, dtype) for n, delta in deltas.items()},
-            vectors={n: _finite(n, v.to(dtype)) for n, v in module.vectors.items()},
-            parts=frozenset(
-                [*map(self._part, deltas), *(self._vector_part(n) for n in module.vectors)]
-            ),
-            gates=module.gates,
-        )
+        return self._preparation.prepare(module)
 
     def add(self, module: PreparedModule) -> None:
         """Copy a module's changes into free ranks and, of vectors, into a free slot.
@@ -190,10 +138,10 @@ class ModuleStack:
                 layer.a[low : low + a.shape[0]] = a.to(layer.a)
                 layer.b[low : low + b.shape[0]] = b.to(layer.b)
         if module.vectors:
-            self._add_vectors(module, low)
+            self._slots.add(module, low)
         self._slices[module.digest] = (low, low + module.rank)
         self._footprints[module.digest] = module.footprint
-        inner = [layer for layer in module.factors if self._part(layer) == "inner"]
+        inner = [layer for layer in module.factors if self._model_layers.part(layer) == "inner"]
         self._told[module.digest] = _Told(module.name, tuple(inner), module.gates)
         self._spreads.clear()
         for part in module.parts:
@@ -205,8 +153,7 @@ class ModuleStack:
         self._spreads.clear()
         for digests in self._changing.values():
             digests.discard(digest)
-        if digest in self._slots:
-            self._remove_vectors(digest)
+        self._slots.remove(digest)
         if not self._slices and self.room.budget is None:
             self._allocate(Demand.of([]), 0, 0)
 
@@ -220,7 +167,7 @@ class ModuleStack:
 
     def slot_gates(self, gates: Tensor) -> Tensor:
         """The gates of vectors: [rows, R] to [rows, slots]. What a free slot gets has no effect."""
-        return gates[:, self._slot_ranks]
+        return self._slots.gates(gates)
 
     def rank_slices(self, digests: Iterable[str]) -> tuple[tuple[int, int], ...]:
         """The slices that rows with these modules need: neighbours joined, or the whole stack."""
@@ -289,15 +236,10 @@ class ModuleStack:
         elif self._free_slice(footprint.rank) + footprint.rank > ranks:
             self._compact()
 
-    def _interned(self, names: Iterable[str]) -> frozenset[str]:
-        """Equal sets are one: those of thousands of modules are compared at once."""
-        found = frozenset(names)
-        return self._names.setdefault(found, found)
-
     def _has_memory(self, footprint: Footprint) -> bool:
         """Whether all layers that a module changes are as large as the stack."""
         matrices = [self._layers.get(name) for name in footprint.layers]
-        vectors = [self._vectors.get(name) for name in footprint.owners]
+        vectors = [self._slots.layers.get(name) for name in footprint.owners]
         return all(layer and layer.rows == self._capacity for layer in matrices) and all(
             layer and layer.rows == self._slot_capacity for layer in vectors
         )
@@ -306,142 +248,28 @@ class ModuleStack:
         """Move all modules together, so that what is free lies behind them."""
         order = sorted(self._slices, key=self._slices.__getitem__)
         ranks = [rank for digest in order for rank in range(*self._slices[digest])]
-        slots = [self._slots[digest] for digest in order if digest in self._slots]
-        if ranks != list(range(len(ranks))) or slots != list(range(len(slots))):
-            _gather([t for layer in self._layers.values() for t in layer.tensors], ranks)
-            _gather([t for layer in self._vectors.values() for t in layer.tensors], slots)
+        if ranks != list(range(len(ranks))) or not self._slots.are_compact(order):
+            gather([t for layer in self._layers.values() for t in layer.tensors], ranks)
             stops = accumulate(self._footprints[digest].rank for digest in order)
             lows = {
                 d: stop - self._footprints[d].rank for d, stop in zip(order, stops, strict=True)
             }
+            self._slots.compact(lows)
             self._slices = {d: (low, low + self._footprints[d].rank) for d, low in lows.items()}
-            self._slots = {d: k for k, d in enumerate(d for d in order if d in self._slots)}
-            self._slot_ranks = self._slot_ranks.new_tensor([lows[d] for d in self._slots])
-            for layer in self._vectors.values():
-                layer.clear(len(slots), layer.rows)
             self._spreads.clear()
             self.layout += 1
 
     def _allocate(self, demand: Demand, ranks: int, slots: int) -> None:
         """Give memory to the layers that are asked for, and take it from all others."""
+        vectors = self._slots.layers
         for name in demand.layers - self._layers.keys():
-            self._layers[name] = self._install(name)
-        for owner in demand.owners - self._vectors.keys():
-            self._vectors[owner] = self._install_vectors(owner)
+            self._layers[name] = self._model_layers.replace_matrix(name)
+        for owner in demand.owners - vectors.keys():
+            vectors[owner] = self._model_layers.replace_vectors(owner)
         sizes: list[tuple[BlendedMatrix | BlendedVectors, int]] = [
             (layer, ranks * (name in demand.layers)) for name, layer in self._layers.items()
         ]
-        sizes += [(la, slots * (name in demand.owners)) for name, la in self._vectors.items()]
+        sizes += [(layer, slots * (name in demand.owners)) for name, layer in vectors.items()]
         for layer, count in sorted(sizes, key=lambda one: one[1] - one[0].rows):  # freed first
             layer.resize(count)
         self._capacity, self._slot_capacity = ranks, slots
-
-    def _add_vectors(self, module: PreparedModule, low: int) -> None:
-        slot = next(k for k in range(len(self._slots) + 1) if k not in self._slots.values())
-        for name, vector in module.vectors.items():
-            owner, _, leaf = name.rpartition(".")
-            rows = self._vectors[owner].weights if leaf == "weight" else self._vectors[owner].biases
-            rows[slot] = vector.to(rows)
-        slots = max(slot + 1, len(self._slot_ranks))
-        ranks = torch.zeros(slots, dtype=torch.long, device=next(self._model.parameters()).device)
-        ranks[: len(self._slot_ranks)] = self._slot_ranks
-        ranks[slot] = low
-        self._slot_ranks = ranks
-        self._slots[module.digest] = slot
-
-    def _remove_vectors(self, digest: str) -> None:
-        slot = self._slots.pop(digest)
-        for layer in self._vectors.values():
-            layer.clear(slot, slot + 1)
-        self._slot_ranks[slot] = 0
-        if not self._slots:
-            self._slot_ranks = self._slot_ranks[:0]
-
-    def _part(self, layer: str) -> Part:
-        if layer in self.shapes.head:
-            return "head"
-        return "embedding" if layer in self.shapes.embeddings else "inner"
-
-    def _vector_part(self, name: str) -> Part:
-        return "head_vectors" if name.rpartition(".")[0] in self.shapes.head else "vectors"
-
-    def _check(self, layer: str) -> None:
-        if layer in self.shapes.embeddings:
-            self._probe.embedding_scale(layer)
-        elif layer in self.shapes.head:
-            self._probe.row_dim(layer)
-
-    def _prepared(self, layer: str, delta: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of a layer; an embedding's are those of its transpose: A [r, V], B [r, d]."""
-        if layer in self.shapes.embeddings:
-            delta = LowRank(delta.right.T, delta.left.T)
-        return _factors(delta, dtype, where=layer)
-
-    def _install(self, name: str) -> BlendedMatrix:
-        base = self._model.get_submodule(name)
-        layer: BlendedMatrix
-        if name in self.shapes.embeddings:
-            rows, width = self.shapes.embeddings[name]
-            scale = self._probe.embedding_scale(name)
-            layer = BlendedEmbedding(base, rows=rows, width=width, scale=scale)
-        else:
-            out, into = self.shapes.matrices[name]
-            part = self._part(name)
-            layer = BlendedLinear(base, name=name, in_features=into, out_features=out, part=part)
-        self._replace(name, layer)
-        return layer
-
-    def _install_vectors(self, owner: str) -> BlendedVectors:
-        layer = BlendedVectors(
-            self._model.get_submodule(owner),
-            unit=self._probe.unit(owner),
-            row_dim=self._probe.row_dim(owner),
-            part=self._vector_part(f"{owner}."),
-        )
-        self._replace(owner, layer)
-        return layer
-
-    def _replace(self, name: str, layer: nn.Module) -> None:
-        parent, _, leaf = name.rpartition(".")
-        setattr(self._model.get_submodule(parent), leaf, layer)
-
-
-def _gather(tensors: Iterable[Tensor], index: Sequence[int]) -> None:
-    """Bring rows to the front, rows[:n] = rows[index], of all tensors that have any. What it takes
-    of memory it takes before the first is moved.
-    """
-    filled = [rows for rows in tensors if len(rows)]
-    if not filled:
-        return
-    device, count = filled[0].device, len(index)
-    chosen = torch.tensor(index, dtype=torch.long, device=device)
-    most = max(rows.shape[1] * rows.itemsize for rows in filled)
-    scratch = torch.empty(count * most, dtype=torch.uint8, device=device)
-    for rows in filled:
-        size = count * rows.shape[1] * rows.itemsize
-        moved = scratch[:size].view(rows.dtype).view(count, rows.shape[1])
-        rows[:count] = torch.index_select(rows, 0, chosen, out=moved)
-
-
-def _factors(delta: LowRank, dtype: torch.dtype, *, where: str) -> tuple[Tensor, Tensor]:
-    """A [r, i] and B [r, o] of a delta in the model's dtype, with no entry of A above 1.
-
-    A row of the batch is multiplied by all the ranks that its neighbours need, then by gates of
-    zero: what overflows there would be NaN in the neighbour. The power of two that goes from A
-    to B keeps every bit.
-    """
-    peak = float(delta.right.abs().max()) if delta.rank else 0.0
-    exponent = max(0, math.frexp(peak)[1])
-    a = (delta.right.double() * 2.0**-exponent).to(dtype)
-    b = (delta.left.T.double() * 2.0**exponent).to(dtype)
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ModuleError(
-            f"the change of {where!r} is too large for {dtype}: its training diverged"
-        )
-    return a, b
-
-
-def _finite(name: str, vector: Tensor) -> Tensor:
-    if not vector.isfinite().all():
-        raise ModuleError(f"the change of {name!r} is too large for {vector.dtype}")
-    return vector

@@ -12,25 +12,22 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 
-from ..adapters.digest import short
 from ..adapters.errors import (
     EngineStoppedError,
     MergerouteError,
-    ModuleError,
     ModuleUnavailableError,
     QueueFullError,
-    RequestError,
-    UnknownModuleError,
 )
 from ..adapters.lora import Module
-from .module_stack import PreparedModule
-from .resident_set import Entry, ResidencyStats, ResidentInfo, ResidentSet, Source
+from .prepared import PreparedModule
+from .registrations import Registrations, unknown
+from .rereading import read_again, unreadable
+from .resident_set import Entry, ResidencyStats, ResidentInfo, Source
+from .tickets import Ticket, Tickets
 from .torch_engine import TorchEngine
 
 logger = logging.getLogger(__name__)
@@ -38,20 +35,6 @@ logger = logging.getLogger(__name__)
 _READERS = 2
 _PATIENCE_S = 1.0
 _RETRY_S = 5.0
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A request's claim on modules. cold: digests of those that it waits for to be read.
-
-    is_granted: its modules are held, in memory or on their way there.
-    """
-
-    entries: tuple[Entry, ...]
-    future: Future[None] = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
-    is_granted: bool = False
-    cold: tuple[str, ...] = ()
 
 
 class Residency:
@@ -68,21 +51,18 @@ class Residency:
         self, engine: TorchEngine, *, patience_s: float = _PATIENCE_S, retry_s: float = _RETRY_S
     ) -> None:
         self.engine = engine
-        self._resident = ResidentSet(engine.room)
+        self._registered = Registrations(engine.modules)
+        self._tickets = Tickets()
         self._patience_s = patience_s
         self._retry_s = retry_s
         self._max_waiting = engine.options.max_waiting
         self._lock = threading.RLock()
-        self._entries: dict[str, Entry] = {}
-        self._waiting: deque[_Ticket] = deque()
-        self._granted: list[_Ticket] = []  # that wait for files to be read
         self._draining: frozenset[Entry] = frozenset()
-        self._leaving: list[Entry] = []
         self._is_stopped = False
-        self._evictions = self._cold_loads = 0
+        self._cold_loads = 0
         self._cold_load_s = 0.0
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="mergeroute-modules")
-        engine.on_idle = self._on_idle
+        engine.modules.on_idle = self._on_idle
 
     def register(
         self, module: Module, source: Source, *, is_pinned: bool = False, is_wanted: bool = True
@@ -95,11 +75,11 @@ class Residency:
         Raises:
             ModuleError: it does not fit the backbone, or not the memory.
         """
-        prepared = self.engine.prepare_module(module)
+        prepared = self.engine.modules.prepare(module)
         with self._lock:
-            entry = self._registered(prepared, source, is_pinned)
-            is_new = (is_pinned or is_wanted) and entry not in self._resident
-            is_placed = is_new and self._place([entry], evicts=is_pinned)
+            entry = self._registered.register(prepared, source, is_pinned)
+            is_new = (is_pinned or is_wanted) and entry not in self._registered.resident
+            is_placed = is_new and self._registered.place([entry], evicts=is_pinned)
             if is_placed:
                 entry.state = "loading"
         if is_placed:
@@ -118,14 +98,10 @@ class Residency:
             UnknownModuleError: it is not registered.
         """
         with self._lock:
-            entry = self._known(digest)
-            entry.registrations -= 1
-            if entry.registrations:
+            entry = self._registered.known(digest)
+            if not self._registered.unregister(entry):
                 return
-            self._leaving.append(entry)
-            for ticket in [ticket for ticket in self._waiting if entry in ticket.entries]:
-                self._waiting.remove(ticket)
-                ticket.future.set_exception(_unknown(digest))
+            self._tickets.left(entry, unknown(digest))
             freed = self._pump()
         for done in freed:
             done.result()
@@ -137,22 +113,22 @@ class Residency:
             UnknownModuleError: it is not registered.
         """
         with self._lock:
-            return self._resident.info(self._known(digest))
+            return self._registered.resident.info(self._registered.known(digest))
 
     def stats(self) -> ResidencyStats:
         """All modules together, and who waits for some."""
         with self._lock:
-            tickets = [*self._waiting, *self._granted]
+            resident = self._registered.resident
             return ResidencyStats(
-                registered=len(self._entries),
-                resident=sum(entry.state == "resident" for entry in self._resident),
-                bytes=self._resident.bytes,
-                budget=self._resident.budget,
-                evictions=self._evictions,
+                registered=len(self._registered),
+                resident=sum(entry.state == "resident" for entry in resident),
+                bytes=resident.bytes,
+                budget=resident.budget,
+                evictions=self._registered.evictions,
                 cold_loads=self._cold_loads,
                 cold_load_s=self._cold_load_s,
-                waiting=len(tickets),
-                awaited=frozenset(entry.digest for t in tickets for entry in t.entries),
+                waiting=len(self._tickets),
+                awaited=self._tickets.awaited,
             )
 
     @asynccontextmanager
@@ -190,7 +166,7 @@ class Residency:
     def hold_resident(self, digests: Collection[str]) -> Iterator[bool]:
         """Keep modules where they are; the block gets whether all are in memory. Counts nothing."""
         with self._lock:
-            entries = [self._known(digest) for digest in digests]
+            entries = [self._registered.known(digest) for digest in digests]
             is_there = all(entry.state == "resident" for entry in entries)
             for entry in entries:
                 entry.holds += 1
@@ -206,20 +182,18 @@ class Residency:
         """Stop the engine; who waits for a module is told so."""
         with self._lock:
             self._is_stopped = True
-            waiting = [*self._waiting, *self._granted]
-            self._waiting.clear()
-            self._granted.clear()
+            waiting = self._tickets.clear()
         for ticket in waiting:
             ticket.future.set_exception(_stopped())
         self._readers.shutdown(wait=False, cancel_futures=True)
         self.engine.stop()
 
-    def _ask(self, digests: Collection[str]) -> _Ticket:
+    def _ask(self, digests: Collection[str]) -> Ticket:
         with self._lock:
             if self._is_stopped:
                 raise _stopped()
-            ticket = _Ticket(tuple(self._known(digest) for digest in dict.fromkeys(digests)))
-            self._check_possible(ticket.entries)
+            ticket = Ticket(tuple(map(self._registered.known, dict.fromkeys(digests))))
+            self._registered.check_possible(ticket.entries)
             self._check_readable(ticket.entries)
             for entry in ticket.entries:
                 entry.hits += 1
@@ -227,21 +201,18 @@ class Residency:
             if self._is_ready(ticket):
                 self._grant(ticket)
                 return ticket
-            if len(self._waiting) >= self._max_waiting:
+            if (waiting := len(self._tickets.waiting)) >= self._max_waiting:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests wait for modules to be read, the limit is "
+                    f"{waiting} requests wait for modules to be read, the limit is "
                     f"{self._max_waiting} (max_waiting): try again later"
                 )
-            self._waiting.append(ticket)
+            self._tickets.waiting.append(ticket)
             self._pump()
             return ticket
 
-    def _give_back(self, ticket: _Ticket) -> None:
+    def _give_back(self, ticket: Ticket) -> None:
         with self._lock:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-            if ticket in self._granted:
-                self._granted.remove(ticket)
+            self._tickets.discard(ticket)
             if ticket.is_granted:
                 for entry in ticket.entries:
                     entry.holds -= 1
@@ -249,135 +220,72 @@ class Residency:
 
     def _on_idle(self) -> None:
         """A request has ended; on the engine's thread."""
-        if self._waiting or self._leaving:
+        if self._tickets.waiting or self._registered.is_leaving:
             with self._lock:
                 self._pump()
 
     # What follows is called with the lock held, but for `_read_in` and `_put`.
 
-    def _registered(self, prepared: PreparedModule, source: Source, is_pinned: bool) -> Entry:
-        entry = self._entries.get(prepared.digest)
-        if entry is None:
-            entry = Entry(prepared.name, prepared.digest, prepared.footprint)
-        if (is_pinned or not entry.registrations) and not self._resident.can_hold([entry]):
-            raise ModuleError(
-                f"module {entry.name!r} {self._resident.too_large([entry])}: raise it, or pin fewer"
-            )
-        self._entries[entry.digest] = entry
-        if entry in self._leaving:
-            self._leaving.remove(entry)
-        entry.registrations += 1
-        entry.sources = [*entry.sources, source][-entry.registrations :]
-        if is_pinned:
-            self._resident.pin(entry)
-        return entry
-
-    def _known(self, digest: str) -> Entry:
-        entry = self._entries.get(digest)
-        if entry is None or not entry.registrations:
-            raise _unknown(digest)
-        return entry
-
-    def _check_possible(self, entries: Sequence[Entry]) -> None:
-        if not self._resident.can_hold(entries):
-            names = ", ".join(sorted(entry.name for entry in entries))
-            raise RequestError(
-                f"the blend of {names} {self._resident.too_large(entries)}: blend fewer modules, "
-                "or raise it",
-                parameter="model",
-            )
-
     def _check_readable(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             if entry.state == "failed" and time.monotonic() - entry.failed_at < self._retry_s:
-                raise ModuleUnavailableError(_unreadable(entry))
+                raise ModuleUnavailableError(unreadable(entry))
 
-    def _is_ready(self, ticket: _Ticket) -> bool:
+    def _is_ready(self, ticket: Ticket) -> bool:
         """Whether all its modules are in memory or on their way there, and take requests."""
-        return all(
-            entry in self._resident and entry not in self._draining for entry in ticket.entries
-        )
+        resident = self._registered.resident
+        return all(entry in resident and entry not in self._draining for entry in ticket.entries)
 
     def _pump(self) -> list[Future[None]]:
         """Give every waiting request what it can have now, in order of arrival: those behind one
         that waits for room get only what is in memory. Returns what is waited for to be freed.
         """
+        waiting = self._tickets.waiting
         try:
-            freed = self._free([entry for entry in self._leaving if self._is_idle(entry)])
+            freed = self._registered.free_left()
             self._draining = frozenset()
-            blocked: _Ticket | None = None
-            for ticket in list(self._waiting):
-                if self._is_ready(ticket) or (blocked is None and self._place(ticket.entries)):
-                    self._waiting.remove(ticket)
+            blocked: Ticket | None = None
+            for ticket in list(waiting):
+                if self._is_ready(ticket) or (
+                    blocked is None and self._registered.place(ticket.entries)
+                ):
+                    waiting.remove(ticket)
                     self._grant(ticket)
                 elif blocked is None:
                     blocked = ticket
                     self._draining = self._drained_for(ticket)
             return freed
         except EngineStoppedError as error:
-            while self._waiting:
-                self._waiting.popleft().future.set_exception(error)
+            while waiting:
+                waiting.popleft().future.set_exception(error)
             return []
 
-    def _grant(self, ticket: _Ticket) -> None:
+    def _grant(self, ticket: Ticket) -> None:
         ticket.is_granted = True
         ticket.cold = tuple(e.digest for e in ticket.entries if e.state != "resident")
         for entry in ticket.entries:
             entry.holds += 1
-            self._resident.add(entry)
+            self._registered.resident.add(entry)
             if entry.state == "cold":
                 entry.state = "loading"
                 entry.cold_loads += 1
                 self._readers.submit(self._read_in, entry)
         if ticket.cold:
-            self._granted.append(ticket)
+            self._tickets.granted.append(ticket)
         else:
             ticket.future.set_result(None)
 
-    def _place(self, entries: Sequence[Entry], *, evicts: bool = True) -> bool:
-        """Reckon modules to the resident ones, all or none, and evict what is in the way."""
-        victims = self._resident.victims(entries, self._is_idle if evicts else _never)
-        if victims is None:
-            return False
-        self._free(victims)
-        self._evictions += len(victims)
-        for entry in entries:
-            if entry not in self._resident:
-                entry.state, entry.error = "cold", None
-                self._resident.add(entry)
-        return True
-
-    def _drained_for(self, ticket: _Ticket) -> frozenset[Entry]:
+    def _drained_for(self, ticket: Ticket) -> frozenset[Entry]:
         """The modules that take no new requests, for the sake of one that waited too long."""
         if time.monotonic() - ticket.arrived < self._patience_s:
             return frozenset()
-        return frozenset(self._resident.victims(ticket.entries, lambda _: True) or ())
-
-    def _is_idle(self, entry: Entry) -> bool:
-        return (
-            not entry.holds
-            and entry.state != "loading"
-            and not self.engine.uses_module(entry.digest)
-        )
-
-    def _free(self, entries: Iterable[Entry]) -> list[Future[None]]:
-        """Take modules out of memory, before anything that is put in from now on."""
-        freed = []
-        for entry in entries:
-            if self._resident.discard(entry):
-                freed.append(self.engine.drop_module(entry.digest))
-                entry.state = "cold"
-            if not entry.registrations:
-                self._leaving.remove(entry)
-                self._resident.forget(entry)
-                del self._entries[entry.digest]
-        return freed
+        return frozenset(self._registered.resident.victims(ticket.entries, lambda _: True) or ())
 
     def _read_in(self, entry: Entry) -> None:
         """Read a module's files and put it into memory; on a reader's thread."""
         began = time.monotonic()
         try:
-            self._put(entry, self._read(entry))
+            self._put(entry, self.engine.modules.prepare(read_again(entry)))
             with self._lock:
                 self._cold_loads += 1
                 self._cold_load_s += time.monotonic() - began
@@ -386,57 +294,21 @@ class Residency:
                 logger.exception("module %r could not be read", entry.name)
             self._failed(entry, error)
 
-    def _read(self, entry: Entry) -> PreparedModule:
-        """The module as it was registered, from the newest source that has it."""
-        problem: Exception | None = None
-        for source in reversed(entry.sources):
-            try:
-                module = source()
-            except (MergerouteError, OSError) as error:
-                problem = problem or error
-                continue
-            if module.digest == entry.digest:
-                return self.engine.prepare_module(module)
-            problem = problem or ModuleError(
-                f"its files changed since it was registered: they hold {short(module.digest)} now"
-            )
-        raise ModuleError(str(problem)) from problem
-
     def _put(self, entry: Entry, prepared: PreparedModule) -> None:
-        self.engine.put_module(prepared)
+        self.engine.modules.put(prepared)
         with self._lock:
             entry.state = "resident"
-            for ticket in [ticket for ticket in self._granted if entry in ticket.entries]:
-                if all(other.state == "resident" for other in ticket.entries):
-                    self._granted.remove(ticket)
-                    ticket.future.set_result(None)
+            self._tickets.arrived(entry)
             self._pump()
 
     def _failed(self, entry: Entry, error: BaseException) -> None:
-        logger.error("%s: %s", _unreadable(entry), error)
-        told = _stopped() if self._is_stopped else ModuleUnavailableError(_unreadable(entry))
+        logger.error("%s: %s", unreadable(entry), error)
+        told = _stopped() if self._is_stopped else ModuleUnavailableError(unreadable(entry))
         with self._lock:
             entry.state, entry.error, entry.failed_at = "failed", str(error), time.monotonic()
-            self._resident.discard(entry)
-            for ticket in [ticket for ticket in self._granted if entry in ticket.entries]:
-                self._granted.remove(ticket)
-                ticket.future.set_exception(told)
+            self._registered.resident.discard(entry)
+            self._tickets.failed(entry, told)
             self._pump()
-
-
-def _never(_: Entry) -> bool:
-    return False
-
-
-def _unknown(digest: str) -> UnknownModuleError:
-    return UnknownModuleError(f"module {digest} is not loaded: load it first")
-
-
-def _unreadable(entry: Entry) -> str:
-    return (
-        f"module {entry.name!r} ({short(entry.digest)}) cannot be read any more: the server's log "
-        "says why"
-    )
 
 
 def _stopped() -> EngineStoppedError:

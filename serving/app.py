@@ -21,15 +21,20 @@ from starlette.types import Receive, Scope, Send
 from ..adapters.errors import MergerouteError
 from .access.guard import EVERYBODY, Guard, Policy, add_cors
 from .access.permissions import describe_for, listing_for
+from .assigning import Assignment
+from .choices import Choice
 from .context import Context
 from .errors import CLIENT_CLOSED, ApiError, describe, error_body, retry_headers
 from .health import Draining, add_health_routes
 from .modules.routes import add_module_routes
 from .native_routes import add_native_routes
 from .openapi import describe_routes
-from .responses import ChatShape, CompletionShape, Progress, blend_text, usage
-from .schemas import ChatRequest, CompletionRequest, GenerationBody
-from .service import Assignment, Choice, Service
+from .responses.chat import ChatShape
+from .responses.completions import CompletionShape
+from .responses.decisions import blend_text
+from .responses.progress import Progress, usage
+from .schemas.completions import ChatRequest, CompletionRequest, GenerationBody
+from .service import Service
 from .streaming import collect, server_sent_events
 from .telemetry.metrics import Metrics
 from .telemetry.middleware import Observed

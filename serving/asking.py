@@ -13,10 +13,11 @@ from ..routers.base import Decision
 from ..routers.data import Example
 from ..routers.token_routing import TokenRouting
 from ..runtime.types import FinishReason
+from .assigning import Assignment
 from .errors import ApiError
-from .schemas import ChatRequest, CompletionRequest, GenerationBody
+from .schemas.completions import ChatRequest, CompletionRequest, GenerationBody
 from .scoring import Answer, Metric
-from .service import Assignment, Service
+from .service import Service
 
 IN_FLIGHT = 32
 """Twice what an engine runs at once, so that prompts are routed while others are answered."""

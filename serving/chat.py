@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from ..routers.base import Turn
 from .errors import ApiError
-from .schemas import Message
+from .schemas.messages import Message
 
 _PLAIN: Mapping[str, Any] = {"add_generation_prompt": True, "continue_final_message": False}
 

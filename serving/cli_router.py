@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which --help need not
 
     from rich.table import Table
 
-    from .service import Assignment
+    from .assigning import Assignment
 
 router_commands = typer.Typer(
     name="router", help="Fit a bank's router, and measure it.", no_args_is_help=True
@@ -187,7 +187,7 @@ def route(
     from .context import Context
     from .hosting import host_banks
     from .router_report import explanation
-    from .schemas import ChatRequest, CompletionRequest
+    from .schemas.completions import ChatRequest, CompletionRequest
     from .service import Service
     from .validation import validate
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from .errors import ApiError
 from .hosting import HostedBank
-from .schemas import GenerationBody, LoraScale, MergedAdapters
+from .schemas.completions import GenerationBody
+from .schemas.generation import LoraScale, MergedAdapters
 from .targets import Targets
 
 NO_MODULE = ("", "__base_model__")

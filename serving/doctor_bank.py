@@ -12,7 +12,8 @@ from ..adapters.errors import MergerouteError
 from ..adapters.kinds import empty_model
 from ..adapters.lora import Module
 from ..adapters.module_files import INT8_FILE
-from ..routers.store import load_router, modules_of
+from ..routers.loading import load_router
+from ..routers.store import modules_of
 from ..runtime.footprint import Room
 from ..runtime.grammar import Grammars
 from ..runtime.loading import choose_device, choose_dtype, context_length, load_tokenizer
@@ -21,7 +22,7 @@ from .chat import chat_prompt
 from .doctor_memory import footprints
 from .findings import Finding, required
 from .formats.tool_parsers import detect_syntax, template_of
-from .schemas import Message
+from .schemas.messages import Message
 from .settings import ServeSettings
 
 _TOOL = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}

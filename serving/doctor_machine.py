@@ -131,7 +131,9 @@ def _address(settings: ServeSettings) -> Iterator[Finding]:
 
 def _keys(settings: ServeSettings) -> Iterator[Finding]:
     if settings.api_keys is None:
-        yield Finding("note", "keys", "none: this machine's own programs may also load modules")
+        yield Finding(
+            "note", "keys", "none needed; this machine's own programs may administer, others never"
+        )
         return
     path = Path(settings.api_keys)
     try:
@@ -182,7 +184,7 @@ def _existing_state(folder: Path) -> Finding:
             state.close()
     except MergerouteError as error:
         return Finding("error", "state", str(error))
-    return Finding("ok", "state", f"{folder} can be written; it remembers {count} changes")
+    return Finding("ok", "state", f"{folder} can be written; changes of modules in it: {count}")
 
 
 def _roots(settings: ServeSettings) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from ..routers.curve import CurvePoint, draws, learning_curve
 from ..routers.data import Example, read_examples
 from ..routers.ensemble import Ensemble
 from ..routers.learned import Fitted
+from ..routers.loading import signal_of
 from ..routers.policies import Policy
 from ..routers.report import Case, RouterReport, report
 from ..routers.router import RequestRouter
@@ -26,7 +27,7 @@ from ..routers.settings import (
     RulesSettings,
     SignalSettings,
 )
-from ..routers.store import save_router, signal_of
+from ..routers.store import save_router
 from ..routers.training import (
     Labelled,
     Readings,
@@ -42,7 +43,7 @@ from ..runtime.torch_engine import TorchEngine
 from .chat import chat_prompt, text_prompt
 from .errors import ApiError
 from .router_options import FitOptions, as_rules, usual_signal
-from .schemas import Message
+from .schemas.messages import Message
 
 Home = Callable[[str], str | None]
 """The module that serves a task; None: none does."""

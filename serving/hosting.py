@@ -19,10 +19,11 @@ from ..adapters.errors import (
     UnknownTargetError,
 )
 from ..routers.base import Card, Decision, Query
+from ..routers.loading import load_router
 from ..routers.router import Router
-from ..routers.store import load_router
+from ..runtime.options import EngineOptions
 from ..runtime.residency import Residency
-from ..runtime.torch_engine import EngineOptions, TorchEngine
+from ..runtime.torch_engine import TorchEngine
 from ..runtime.types import GenerationRequest, SamplingParams, TokenGate
 
 Report = Callable[[str], None]

@@ -13,15 +13,9 @@ from pydantic import TypeAdapter
 
 from . import answers
 from .access.scopes import access_to
-from .schemas import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    LoadModuleRequest,
-    TokenizeRequest,
-    UnloadModuleRequest,
-)
+from .modules.schemas import LoadModuleRequest, UnloadModuleRequest
+from .schemas.completions import ChatRequest, CompletionRequest
+from .schemas.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 
 _JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
 _SECURITY = "key"

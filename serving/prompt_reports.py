@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.types import ScoredToken, TokenEvent, TokenLogprob
-from .service import Choice
+from .choices import Choice
 from .token_text import token_text
 
 _LEAST = -9999.0

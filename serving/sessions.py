@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from ..routers.base import Decision
 from ..routers.rules import SECRET_HEADERS
 from .errors import ApiError
-from .schemas import MAX_CONVERSATION_ID, GenerationBody
+from .schemas.completions import GenerationBody
+from .schemas.generation import MAX_CONVERSATION_ID
 
 SESSION_HEADER = "x-session-id"
 

@@ -135,7 +135,7 @@ class ServeSettings(BaseModel):
     @property
     def placement(self) -> Placement:
         """Where and how engines run."""
-        from ..runtime.torch_engine import EngineOptions
+        from ..runtime.options import EngineOptions
         from .hosting import Placement
 
         options = EngineOptions(

@@ -9,9 +9,10 @@ from contextlib import aclosing
 from typing import Any
 
 from ..runtime.types import FinishReason, TokenEvent
+from .choices import Choice
 from .errors import ApiError, describe
-from .responses import Progress, Shape
-from .service import Choice
+from .responses.progress import Progress
+from .responses.shape import Shape
 from .terms import timed_out
 
 

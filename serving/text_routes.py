@@ -19,7 +19,7 @@ from .access.permissions import resolve_for
 from .chat import chat_prompt, text_prompt
 from .errors import CLIENT_CLOSED, ApiError
 from .hosting import HostedBank
-from .schemas import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from .schemas.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .service import Service
 from .validation import read_json, validate
 

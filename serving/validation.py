@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from ..adapters.errors import RequestError
 from .access.limits import Limits
 from .errors import CLIENT_CLOSED, ApiError
-from .schemas import without_no_effect
+from .schemas.no_effect import without_no_effect
 
 _Body = TypeVar("_Body", bound=BaseModel)
 _SHOWN = 60

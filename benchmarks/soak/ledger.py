@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -40,7 +40,7 @@ class Ledger:
         if not holds:
             self.violations.append(message)
 
-    def check_answer(self, kind: str, said: object, allowed: list[object], about: str) -> None:
+    def check_answer(self, kind: str, said: object, allowed: Sequence[object], about: str) -> None:
         """Record an answer, which is to be one of those that are right. kind: whole or begun."""
         self.answers[kind] += 1
         if said not in allowed:

@@ -71,14 +71,14 @@ def tables(found: dict[str, Any]) -> list[Table]:
     return [answers, times, process]
 
 
-def _span(result: Result, name: str) -> dict[str, float]:
+def _span(result: Result, name: str) -> dict[str, Any]:
     first, last = result.thirds(name)
     idle = [getattr(sample, name) for sample in result.idle or ()]
     return {
         "first_third": first,
         "last_third": last,
         "max": max(getattr(sample, name) for sample in result.samples),
-        "idle_before_and_after": idle,  # type: ignore[dict-item]
+        "idle_before_and_after": idle,
     }
 
 

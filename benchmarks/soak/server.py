@@ -50,7 +50,12 @@ class Server:
         self.keys = {name: _make_key(folder / "keys.yaml", name) for name in _KEYS}
         config = folder / "serve.yaml"
         config.write_text(yaml.safe_dump(_settings(module_bytes)))
-        command = [str(Path(sys.executable).parent / "mergeroute"), "serve", "--config", config]
+        command = [
+            str(Path(sys.executable).parent / "mergeroute"),
+            "serve",
+            "--config",
+            str(config),
+        ]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stderr=out, env=_environment()

@@ -7,7 +7,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,7 +109,7 @@ class Traffic:
 
     async def events(
         self, client: httpx.AsyncClient, dice: random.Random, body: dict[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of a stream that must succeed, `[DONE]` as an empty one. Leaving early closes
         the connection.
         """
@@ -234,7 +234,7 @@ async def cancel(t: Traffic, dice: random.Random) -> None:
     question, wanted = t.pick(dice), dice.randrange(2, 12)
     said = ""
     body = t.body(question, max_tokens=300, ignore_eos=True)
-    async with aclosing(t.events(t.client, dice, body)) as events:  # type: ignore[type-var]
+    async with aclosing(t.events(t.client, dice, body)) as events:
         async for chunk in events:
             wanted -= 1
             if chunk.get("choices"):
@@ -274,7 +274,7 @@ async def stalled(t: Traffic, dice: random.Random) -> None:
     body = t.body(
         t.pick(dice), max_tokens=200, ignore_eos=True, n=4, logprobs=True, top_logprobs=20
     )
-    async with aclosing(t.events(t.slow_client, dice, body)) as events:  # type: ignore[type-var]
+    async with aclosing(t.events(t.slow_client, dice, body)) as events:
         await anext(events)
         await asyncio.sleep(5)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..errors import ApiError
-from ..schemas import ChatRequest, GenerationBody, LoadModuleRequest
+from ..modules.schemas import LoadModuleRequest
+from ..schemas.completions import ChatRequest, GenerationBody
 from .limits import Limits
 
 

@@ -17,8 +17,8 @@ from ...runtime.types import GenerationRequest
 from ..chat import user_prompt
 from ..errors import ApiError
 from ..hosting import HostedBank
-from ..schemas import LoadModuleRequest, UnloadModuleRequest
 from ..targets import Targets
+from .schemas import LoadModuleRequest, UnloadModuleRequest
 from .sources import Sources
 from .state import ModuleChange, State
 
@@ -255,8 +255,9 @@ def _basis(before: HostedBank, loaded: Introduced) -> str:
     forgot = before.router is not None and card.name in before.router.modules
     return (
         f"The router {'forgot what it knew of other weights under this name and ' * forgot}has "
-        f"nothing to go by{', since it reads no descriptions' * (card.description is not None)}: ask "
-        "for it by name, load it again in place with samples, or, if it is an mlp, fit it again."
+        f"nothing to go by{', since it reads no descriptions' * (card.description is not None)}: "
+        "ask for it by name, load it again in place with samples, or, if it is an mlp, fit it "
+        "again."
     )
 
 

@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from ...adapters.errors import MergerouteError
 from ..errors import ApiError, describe, retry_headers
-from ..schemas import LoadModuleRequest, UnloadModuleRequest
 from ..service import Service
 from ..validation import read_json, validate
 from .changes import InvalidUserInput
+from .schemas import LoadModuleRequest, UnloadModuleRequest
 from .uploads import receive
 
 _VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError"}
@@ -28,7 +28,7 @@ def add_module_routes(app: FastAPI, service: Service) -> None:
     async def load(request: Request) -> Response:
         async def loaded() -> Response:
             body = validate(await read_json(request), LoadModuleRequest)
-            change = await service.load_module(body)
+            change = await service.modules.load(body)
             text = f"Success: LoRA adapter '{body.lora_name}' added successfully.\n{change.basis}"
             return PlainTextResponse(text, headers={_GENERATION: str(change.generation)})
 
@@ -39,7 +39,7 @@ def add_module_routes(app: FastAPI, service: Service) -> None:
     async def unload(request: Request) -> Response:
         async def unloaded() -> Response:
             body = validate(await read_json(request), UnloadModuleRequest)
-            await service.unload_module(body)
+            await service.modules.unload(body)
             return PlainTextResponse(
                 f"Success: LoRA adapter '{body.lora_name}' removed successfully."
             )
@@ -48,22 +48,22 @@ def add_module_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/modules")
     async def modules() -> dict[str, Any]:
-        return {"object": "list", "data": service.modules()}
+        return {"object": "list", "data": service.modules.entries()}
 
     @app.get("/v1/modules/{name:path}")
     async def module(name: str) -> dict[str, Any]:
-        return service.module(name)
+        return service.modules.entry(name)
 
     @app.post("/v1/modules/upload")
     async def upload(request: Request) -> dict[str, Any]:
-        if service.sources.uploads is None:
+        if service.modules.sources.uploads is None:
             raise ApiError(
                 "this server takes no uploads: set 'uploads: true' in serve.yaml, with a state "
                 "folder to keep them in",
                 status=403,
                 code="uploads_disabled",
             )
-        folder = await receive(request, service.sources.uploads, service.limits)
+        folder = await receive(request, service.modules.sources.uploads, service.limits)
         return {"object": "module.upload", "lora_path": folder.name}
 
 

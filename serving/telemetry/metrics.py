@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 
 from ..access.callers import ANYBODY
 from ..access.guard import Policy
-from ..service import Assignment, Service
+from ..assigning import Assignment
+from ..service import Service
 from .catalogue import PREFIX, RECORDED
 from .labels import Names
 from .options import QUIET, Telemetry

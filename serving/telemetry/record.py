@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..assigning import Assignment
 from ..context import Context
 from ..errors import CLIENT_CLOSED
-from ..responses import Progress, blend_text, usage
-from ..schemas import GenerationBody
-from ..service import Assignment
+from ..responses.decisions import blend_text
+from ..responses.progress import Progress, usage
+from ..schemas.completions import GenerationBody
 from ..sessions import conversation_of
 
 UNKNOWN = "unknown"

@@ -29,7 +29,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.util.types import AttributeValue
 
-from ..responses import blend_text
+from ..responses.decisions import blend_text
 from .record import RequestRecord
 from .request_log import escaped
 

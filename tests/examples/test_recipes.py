@@ -11,7 +11,7 @@ from rich.console import Console
 from mergeroute.adapters.recipe_file import read_recipe
 from mergeroute.serving.building import build_bank
 from mergeroute.serving.hosting import Placement, host_banks
-from mergeroute.serving.schemas import ChatRequest
+from mergeroute.serving.schemas.completions import ChatRequest
 from mergeroute.serving.service import Service
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"

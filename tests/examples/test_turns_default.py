@@ -6,10 +6,10 @@ from random import Random
 
 from examples.zoo.tasks import load_tasks, router_examples, target_tasks
 from mergeroute.routers.base import Query
+from mergeroute.routers.loading import signal_of
 from mergeroute.routers.policies import Policy
 from mergeroute.routers.router import RequestRouter
 from mergeroute.routers.settings import SignalSettings
-from mergeroute.routers.store import signal_of
 from mergeroute.routers.training import Labelled, fit
 from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.serving.chat import user_prompt

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergeroute.adapters.errors import RouterError
-from mergeroute.routers.prototype import Prototype, ledoit_wolf
+from mergeroute.routers.covariance import ledoit_wolf
+from mergeroute.routers.prototype import Prototype
 
 MODULES = ("m0", "m1", "m2")
 

@@ -22,6 +22,7 @@ from mergeroute.adapters.errors import RouterError
 from mergeroute.routers.base import Card, Query
 from mergeroute.routers.ensemble import Ensemble
 from mergeroute.routers.learned import Fitted, Learned
+from mergeroute.routers.loading import load_router, signal_of
 from mergeroute.routers.policies import Policy
 from mergeroute.routers.prototype import Prototype
 from mergeroute.routers.router import RequestRouter, TokenRouter
@@ -39,12 +40,10 @@ from mergeroute.routers.signals import Cached, Recency
 from mergeroute.routers.store import (
     CONFIG_FILE,
     TENSORS_FILE,
-    load_router,
     modules_of,
     read_settings,
     rename_modules,
     save_router,
-    signal_of,
 )
 from mergeroute.routers.training import SCORERS, Labelled, fit
 

@@ -10,7 +10,8 @@ import pytest
 
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.lora import Module
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import FinishReason, GenerationRequest, SamplingParams
 
 from ..tiny import CONFIGS, make_model, make_module, make_modules, make_prompt, reference_tokens

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from mergeroute.adapters.errors import RequestError
 from mergeroute.runtime.grammar import MAX_GRAMMAR_BYTES, Grammars, allowed_tokens
 from mergeroute.runtime.loading import end_tokens
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import (
     FinishReason,
     GenerationRequest,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mergeroute.adapters.errors import EngineError
 from mergeroute.adapters.lora import Module
 from mergeroute.runtime.footprint import Demand, Footprint, Room
-from mergeroute.runtime.module_stack import ModuleStack, PreparedModule
+from mergeroute.runtime.module_stack import ModuleStack
+from mergeroute.runtime.prepared import PreparedModule
 
 from ..tiny import make_model, make_module, make_rich_module
 
@@ -45,10 +46,10 @@ def assert_holds(stack: ModuleStack, modules: Sequence[PreparedModule]) -> None:
             assert torch.equal(delta.right[: a.shape[0]], a)
             assert torch.equal(delta.left.T[: b.shape[0]], b)
             assert not delta.right[a.shape[0] :].any()
-        slot = stack._slots.get(module.digest)
+        slot = stack._slots.by_digest.get(module.digest)
         for name, vector in module.vectors.items():
             owner, _, leaf = name.rpartition(".")
-            rows = stack._vectors[owner].tensors[leaf == "bias"]
+            rows = stack._slots.layers[owner].tensors[leaf == "bias"]
             assert slot is not None
             assert torch.equal(rows[slot], vector)
 

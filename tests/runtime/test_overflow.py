@@ -13,7 +13,8 @@ import torch
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.delta import LowRank
 from mergeroute.adapters.lora import Module
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 
 from ..tiny import make_model, make_module, make_modules, make_prompt, reference_tokens
@@ -106,7 +107,7 @@ def test_keys_that_are_no_numbers_are_not_offered_to_others(engine: TorchEngine)
 def test_what_a_slot_held_before_is_never_read(engine: TorchEngine) -> None:
     list(submit(engine, Blend(), max_tokens=1))
     with torch.inference_mode():
-        for keys, values in engine._cache._layers.values():
+        for keys, values in engine._forward.cache._layers.values():
             keys[:] = torch.nan
             values[:] = torch.nan
     for content in engine._scheduler.prefixes.contents:

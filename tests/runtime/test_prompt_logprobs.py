@@ -12,8 +12,9 @@ import torch
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.errors import ContextLengthError
 from mergeroute.runtime.merging import merge_into
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.prompt_logprobs import score
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import FinishReason, GenerationRequest, SamplingParams
 
 from ..tiny import make_model, make_module, make_prompt, make_rich_module

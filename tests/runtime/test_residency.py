@@ -26,8 +26,9 @@ from mergeroute.adapters.errors import (
 from mergeroute.adapters.lora import Module
 from mergeroute.routers.token_routing import TokenRouting
 from mergeroute.runtime.module_stack import ModuleStack
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.residency import Residency
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import GenerationRequest, SamplingParams, TokenGate
 
 from ..tiny import make_model, make_module, make_prompt, make_rich_module, reference_tokens

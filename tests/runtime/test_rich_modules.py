@@ -21,7 +21,8 @@ from mergeroute.adapters.shapes import Shapes
 from mergeroute.runtime.blended import Blended
 from mergeroute.runtime.merging import merge_into
 from mergeroute.runtime.module_stack import ModuleStack
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import GenerationRequest, SamplingParams
 
 from ..tiny import (

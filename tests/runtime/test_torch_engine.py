@@ -30,7 +30,8 @@ from mergeroute.adapters.lora import Module
 from mergeroute.runtime.engine import Generation
 from mergeroute.runtime.merging import merge_into
 from mergeroute.runtime.module_stack import ModuleStack
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 
 from ..tiny import (

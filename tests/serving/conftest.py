@@ -16,6 +16,7 @@ from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.routers.base import Query
 from mergeroute.routers.learned import Fitted
+from mergeroute.routers.loading import signal_of
 from mergeroute.routers.settings import (
     EnsembleSettings,
     LearnedSettings,
@@ -23,9 +24,10 @@ from mergeroute.routers.settings import (
     RulesSettings,
     SignalSettings,
 )
-from mergeroute.routers.store import save_router, signal_of
+from mergeroute.routers.store import save_router
 from mergeroute.routers.training import Labelled, fit
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.serving.access.guard import EVERYBODY, Policy
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.server import bind, configuration

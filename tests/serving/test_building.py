@@ -40,8 +40,8 @@ from mergeroute.routers.settings import LearnedSettings
 from mergeroute.routers.store import read_settings
 from mergeroute.runtime.calibration import input_moments
 from mergeroute.runtime.loading import load_model
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.rendering import Rendered
-from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.building import build_bank, check_router, summary
 from mergeroute.serving.cli import app
 from mergeroute.serving.exporting import export_module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergeroute.routers.base import Turn
 from mergeroute.serving.chat import chat_prompt, text_prompt, user_prompt
-from mergeroute.serving.schemas import Message
+from mergeroute.serving.schemas.messages import Message
 
 from ..tiny import make_tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mergeroute.serving.schemas import ChatRequest, CompletionRequest
+from mergeroute.serving.schemas.completions import ChatRequest, CompletionRequest
 from mergeroute.serving.validation import validate
 
 from .conftest import Served

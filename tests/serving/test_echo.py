@@ -11,10 +11,10 @@ import torch
 
 from mergeroute.adapters.blend import Blend
 from mergeroute.runtime.merging import merge_into
+from mergeroute.serving.assigning import check_scores
 from mergeroute.serving.chat import Prompt
 from mergeroute.serving.errors import ApiError
-from mergeroute.serving.schemas import CompletionRequest
-from mergeroute.serving.service import check_scores
+from mergeroute.serving.schemas.completions import CompletionRequest
 from mergeroute.serving.validation import validate
 
 from ..tiny import make_model, make_tokenizer

@@ -23,7 +23,7 @@ from mergeroute.adapters.lora import Module
 from mergeroute.adapters.recipe import Recipe
 from mergeroute.routers.base import Query
 from mergeroute.routers.data import read_examples
-from mergeroute.routers.store import load_router
+from mergeroute.routers.loading import load_router
 from mergeroute.runtime.loading import load_model
 from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.serving.cli import DEMO_BANK, main

@@ -7,6 +7,7 @@ dropped in test_pressure.py, files that go or change in test_residency.py.
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,13 +27,13 @@ from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule, write_bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.delta import LowRank
-from mergeroute.adapters.lora import WEIGHTS_FILE, Module
+from mergeroute.adapters.lora import Module
 from mergeroute.runtime.module_stack import ModuleStack
 
 from ..tiny import make_model, make_module, make_prompt, make_tokenizer, reference_tokens
 from .access.conftest import make_key
 from .conftest import write_checkpoint
-from .process import MERGEROUTE, serving
+from .process import serving
 
 MODULES = {f"m{k}": make_module(make_model(), f"m{k}", seed=k + 1) for k in range(5)}
 PROMPT = make_prompt(10, seed=3)
@@ -72,13 +73,13 @@ class Process:
         self.server.process.send_signal(which)
 
 
-def write_many(folder: Path) -> Bank:
+def write_many(folder: Path) -> None:
     """A bank of its own files throughout, that a fault may spoil."""
     backbone = write_checkpoint(folder / "tiny")
     for name, module in MODULES.items():
         module.save(folder / "loras" / name)
     modules = [BankModule(name, folder / "loras" / name) for name in MODULES]
-    return write_bank(folder / "many", name="many", backbone=backbone, modules=modules)
+    write_bank(folder / "many", name="many", backbone=backbone, modules=modules)
 
 
 def room_for(count: int) -> int:
@@ -90,16 +91,16 @@ def room_for(count: int) -> int:
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("faults")
-    bank = write_many(folder)
+    write_many(folder)
     config = folder / "serve.yaml"
     config.write_text(
-        f"banks: [{bank.path}]\ndtype: float32\nport: 0\nstate: state\nmodule_roots: [loras]\n"
+        f"banks: [many]\ndtype: float32\nport: 0\nstate: state\nmodule_roots: [loras]\n"
         f"module_memory: {room_for(3)}\n"
         "pressure: {watchdog_seconds: 1, stalled_reader_seconds: 1}\n"
     )
     server = serving("serve", "--config", config)
     with server as url:
-        yield Process(url, bank.path, server)
+        yield Process(url, folder / "many", server)
 
 
 class Streaming:
@@ -138,8 +139,7 @@ def test_a_module_that_overflows_fails_its_own_request_alone(process: Process) -
         for name, delta in deltas.items()
     }
     Module("huge", huge).save(process.folder.parent / "loras" / "huge")
-    body = {"lora_name": "huge", "lora_path": "huge"}
-    assert httpx.post(process.url + "/v1/load_lora_adapter", json=body).status_code == 200
+    assert load(process.url, "huge", "huge").status_code == 200
     with Streaming(process.url, "m1") as neighbour:
         for _ in range(3):
             assert code_of(ask(process.url, "huge")) == (500, "engine_failed")
@@ -147,8 +147,33 @@ def test_a_module_that_overflows_fails_its_own_request_alone(process: Process) -
         assert "event: error" in streamed
         assert "[DONE]" not in streamed
         assert text_of(neighbour.result()) == expected({"m1": 1}, 200)
-    body = {"lora_name": "huge"}
-    assert httpx.post(process.url + "/v1/unload_lora_adapter", json=body).status_code == 200
+    assert unload(process.url, "huge").status_code == 200
+
+
+def test_a_disk_that_fills_up_loses_log_lines_and_refuses_loads(process: Process) -> None:
+    """Log and state can grow no more; whoever asks for answers gets them."""
+    url, pid = process.url, process.server.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        assert load(url, "late", "m1").status_code == 507
+        for name in MODULES:
+            assert text_of(ask(url, name)) == expected({name: 1})
+        assert code_of(ask(url, "late")) == (404, "model_not_found")
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    assert load(url, "late", "m1").status_code == 200
+    assert text_of(ask(url, "late")) == expected({"m1": 1})
+    assert unload(url, "late").status_code == 200
+
+
+def load(url: str, name: str, path: str) -> httpx.Response:
+    body = {"lora_name": name, "lora_path": path}
+    return httpx.post(url + "/v1/load_lora_adapter", json=body)
+
+
+def unload(url: str, name: str) -> httpx.Response:
+    return httpx.post(url + "/v1/unload_lora_adapter", json={"lora_name": name})
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "overwritten", "empty"])
@@ -157,6 +182,8 @@ def test_files_that_are_spoilt_while_serving_hit_cold_loads_alone(
 ) -> None:
     """Weights in memory are copies: no file that changes under them is looked at again."""
     url, files = process.url, process.folder
+    mapped = Path("/proc", str(process.server.process.pid), "maps").read_text()
+    assert str(files.parent) not in mapped
     assert {text_of(ask(url, m)) for m in ("m0", "m1", "m2")}  # resident now; m3 and m4 are not
     spoilt = [*files.rglob("*.safetensors"), *files.parent.glob("tiny/*.safetensors")]
     kept = {file: file.read_bytes() for file in spoilt}
@@ -270,7 +297,8 @@ def jumping(bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     tokens = {name: make_key(keys, name, **more) for name, more in values.items()}
     monkeypatch.setenv("CLOCK_FILE", str(tmp_path / "offset"))
     monkeypatch.setenv("LD_PRELOAD", str(library))
-    server = serving("serve", bank.path, "--dtype", "float32", "--api-keys", keys)
+    folder = bank.modules[0].path.parents[1]
+    server = serving("serve", folder, "--dtype", "float32", "--api-keys", keys)
     monkeypatch.undo()  # this process keeps its clock
     with server as url:
         yield Jumping(url, tmp_path / "offset", keys, tokens)
@@ -281,8 +309,7 @@ def test_a_clock_that_jumps_moves_nothing_but_dates(jumping: Jumping) -> None:
     assert [jumping.chat("slow").status_code for _ in range(3)] == [200, 200, 429]
     assert blend_of(jumping.chat("any", conversation="c")) == "upper=1"
     with ThreadPoolExecutor(1) as pool:
-        more = {"max_tokens": 200, "ignore_eos": True}
-        long = pool.submit(jumping.chat, "any", **more)
+        long = pool.submit(lambda: jumping.chat("any", max_tokens=200, ignore_eos=True))
         for days in (1, -1, 300, 0):
             jumping.jump(days * DAY_S)
             answer = jumping.chat("any")
@@ -305,53 +332,19 @@ def blend_of(response: httpx.Response) -> str:
     return response.headers["x-mergeroute-blend"]
 
 
-def test_a_log_that_cannot_be_written_stops_nobody(checkpoint: Backbone) -> None:
-    """Standard error on a full disk."""
-    port = free_port()
-    command = [MERGEROUTE, "serve", "--backbone", checkpoint.path, "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with Path("/dev/full").open("w") as full:
-        server = subprocess.Popen([*command, "--state", "none"], stderr=full, stdout=full)
-    try:
-        wait_until(lambda: answers(url), seconds=60)
-        assert ask(url, "tiny").status_code == 200
-        assert ask(url, "nobody").status_code == 404
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
-    finally:
-        server.kill()
-        server.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url + "/health").status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port: int = bound.getsockname()[1]
-        return port
-
-
 @pytest.mark.slow
 def test_killed_again_and_again_it_keeps_what_it_said_it_did(
     bank: Bank, checkpoint: Backbone, tmp_path: Path
 ) -> None:
     """At any moment of a load, a replacement or an unload, for the same state folder."""
-    plain = write_bank(tmp_path / "plain", name="zoo", backbone=checkpoint, modules=bank.modules)
+    write_bank(tmp_path / "plain", name="zoo", backbone=checkpoint, modules=bank.modules)
     for name, module in MODULES.items():
         module.save(tmp_path / "loras" / name)
     options = ("--dtype", "float32", "--module-root", tmp_path / "loras", "--state", tmp_path / "s")
     said: dict[str, int] = {}
     dice = random.Random(0)
     for _ in range(6):
-        server = serving("serve", plain.path, *options)
+        server = serving("serve", tmp_path / "plain", *options)
         with server as url:
             listed = httpx.get(url + "/v1/modules").json()["data"]
             found = {e["name"]: e["generation"] for e in listed if e["name"] in MODULES}

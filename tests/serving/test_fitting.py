@@ -26,7 +26,7 @@ from mergeroute.serving.router_options import (
     read_rules,
     usual_signal,
 )
-from mergeroute.serving.schemas import ChatRequest
+from mergeroute.serving.schemas.completions import ChatRequest
 from mergeroute.serving.service import Service
 
 from .conftest import WORDS

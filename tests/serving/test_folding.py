@@ -15,7 +15,7 @@ import pytest
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, write_bank
 from mergeroute.adapters.blend import Blend
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.serving.cli import main
 from mergeroute.serving.evaluation import EvalOptions, evaluate
 from mergeroute.serving.hosting import Placement, host_banks

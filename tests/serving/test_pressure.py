@@ -18,7 +18,8 @@ import httpx
 import pytest
 
 from mergeroute.adapters.bank import Bank
-from mergeroute.runtime.torch_engine import EngineOptions, TorchEngine
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.pressure import Pressure
 from mergeroute.serving.service import Service, ServiceOptions
@@ -312,13 +313,13 @@ def test_complaint_06_the_backbones_requests_take_the_untouched_path(
     url: str, engine: TorchEngine
 ) -> None:
     plans = []
-    make: Callable[..., Any] = engine._blend_plan
+    make: Callable[..., Any] = engine._forward._blend_plan
 
     def spy(*arguments: Any) -> Any:
         plans.append(make(*arguments))
         return plans[-1]
 
-    vars(engine)["_blend_plan"] = spy
+    vars(engine._forward)["_blend_plan"] = spy
     try:
         assert engine.stats().modules == 2
         assert post(url, {**LONG, "max_tokens": 3}).status_code == 200
@@ -327,7 +328,7 @@ def test_complaint_06_the_backbones_requests_take_the_untouched_path(
         assert post(url, {**LONG, "model": "upper", "max_tokens": 1}).status_code == 200
         assert plans[-1] is not None
     finally:
-        del vars(engine)["_blend_plan"]
+        del vars(engine._forward)["_blend_plan"]
 
 
 def test_complaint_19_nobodys_choice_of_module_affects_another(url: str) -> None:

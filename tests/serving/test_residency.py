@@ -16,8 +16,8 @@ from mergeroute.adapters.bank import Bank, BankModule
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.errors import UnknownTargetError
 from mergeroute.runtime.module_stack import ModuleStack
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.residency import Residency
-from mergeroute.runtime.torch_engine import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service, ServiceOptions
 from mergeroute.serving.settings import ServeSettings, SettingsError, UsageError

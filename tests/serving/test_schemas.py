@@ -11,7 +11,7 @@ from mergeroute.adapters.errors import RequestError
 from mergeroute.routers.token_routing import TokenRouting
 from mergeroute.runtime.types import SamplingParams
 from mergeroute.serving.errors import ApiError
-from mergeroute.serving.schemas import ChatRequest, CompletionRequest
+from mergeroute.serving.schemas.completions import ChatRequest, CompletionRequest
 from mergeroute.serving.validation import validate
 
 MESSAGES = [{"role": "user", "content": "x"}]

@@ -21,10 +21,11 @@ from mergeroute.adapters.errors import (
     RouterError,
 )
 from mergeroute.routers.base import Turn
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
+from mergeroute.serving.assigning import Assignment
 from mergeroute.serving.hosting import Placement, host_banks
-from mergeroute.serving.schemas import ChatRequest, GenerationBody
-from mergeroute.serving.service import Assignment, Service
+from mergeroute.serving.schemas.completions import ChatRequest, GenerationBody
+from mergeroute.serving.service import Service
 from mergeroute.serving.validation import validate
 
 from ..tiny import make_model, make_module, make_tokenizer
@@ -116,14 +117,13 @@ def test_the_backbones_generation_config_fills_in(bank: Bank, tmp_path: Path) ->
     assert (hosted.defaults.temperature, hosted.defaults.top_k) == (0.25, 7)
 
 
-def test_a_router_of_another_backbone_is_refused_at_start(
+def test_a_router_that_reads_a_layer_too_many_is_refused_at_start(
     checkpoint: Backbone, tmp_path: Path
 ) -> None:
     bank = write_routed_bank(tmp_path / "bank", name="bent", backbone=checkpoint)
     assert bank.router_path is not None
     settings = json.loads((bank.router_path / "router.json").read_text())
     settings["signal"]["layer"] = 9
-    del settings["backbone"]
     (bank.router_path / "router.json").write_text(json.dumps(settings))
     with pytest.raises(BankError, match="does not fit its backbone"):
         host_banks([bank], Placement(dtype="float32"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mergeroute.adapters.blend import Blend
 from mergeroute.routers.base import Decision
 from mergeroute.serving.errors import ApiError
-from mergeroute.serving.schemas import ChatRequest, GenerationBody
+from mergeroute.serving.schemas.completions import ChatRequest, GenerationBody
 from mergeroute.serving.sessions import SessionKey, Sessions, conversation_of, labels_of
 from mergeroute.serving.validation import validate
 

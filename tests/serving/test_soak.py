@@ -14,7 +14,7 @@ from benchmarks.soak.soaking import Plan, soak
 from mergeroute.adapters.bank import Bank
 from mergeroute.serving.cli import DEMO_BANK
 
-SHORT = Plan(12, clients=8, prompts=3, count=12, rss_share=0.1)
+SHORT = Plan(8, clients=8, prompts=2, count=8, rss_share=0.1)
 """The allocator is still filling up: memory is looked at closely by the long form."""
 
 
@@ -65,7 +65,7 @@ def test_the_table_tells_contents_apart() -> None:
     for number in range(2):
         answers = [references.find(number, mix) for mix in mixes]
         assert answers[-1] != answers[-2]
-        assert len({answer and answer.text for answer in answers}) >= 4
+        assert len({answer and answer.text for answer in answers}) >= 3
 
 
 def test_an_answer_that_is_not_allowed_is_a_violation() -> None:

@@ -16,7 +16,7 @@ from mergeroute.routers.settings import FixedSettings
 from mergeroute.routers.store import save_router
 from mergeroute.serving.errors import ApiError
 from mergeroute.serving.hosting import HostedBank, Placement, host_banks
-from mergeroute.serving.schemas import ChatRequest
+from mergeroute.serving.schemas.completions import ChatRequest
 from mergeroute.serving.service import Service
 from mergeroute.serving.targets import Targets
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from mergeroute.adapters.bank import Bank
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.serving.access.guard import Policy
 from mergeroute.serving.access.key_file import KeyRing, add_key
 from mergeroute.serving.access.keys import Key, new_token, token_hash

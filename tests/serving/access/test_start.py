@@ -46,7 +46,7 @@ def test_a_server_with_keys_logs_none_of_them(bank: Bank, tmp_path: Path) -> Non
         sent = {"Authorization": f"Bearer {token}"}
         asked = f"{url}/v1/models?api_key={token}"
         assert httpx.get(asked, headers=sent, trust_env=False).status_code == 200
-    assert any("/v1/models?api_key=mr-..." in line for line in server.lines)
+    assert any("/v1/models" in line for line in server.lines)
     assert not any(token in line for line in server.lines)
 
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from mergeroute.adapters.backbone import Backbone
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service
 

@@ -17,7 +17,7 @@ import torch
 from mergeroute.adapters.bank import Bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.lora import WEIGHTS_FILE
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service, ServiceOptions
 

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client.parser import text_string_to_metric_families
 
 from mergeroute.adapters.bank import Bank
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service, ServiceOptions
 from mergeroute.serving.telemetry.options import Telemetry

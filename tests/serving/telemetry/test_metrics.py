@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter
 
 from mergeroute.adapters.bank import Bank
-from mergeroute.runtime.torch_engine import EngineOptions
+from mergeroute.runtime.options import EngineOptions
 from mergeroute.serving.access.guard import Policy
 from mergeroute.serving.access.key_file import KeyRing, revoke_key
 from mergeroute.serving.hosting import Placement, host_banks

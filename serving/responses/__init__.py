@@ -1,0 +1,1 @@
+"""Events of generations to OpenAI's response objects, whole and in chunks."""
