@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .signals import check_width
+
 BY_DESCRIPTION = "its description"
 _NEAREST = 10
 _ROWS_AT_ONCE = 512
@@ -52,6 +54,7 @@ class Entry:
 
     def similarities(self, prompts: Tensor) -> Tensor:
         """Of prompts [p, d], each of length 1; [p]."""
+        check_width(prompts, self.vectors.shape[1])
         starts = range(0, len(prompts), _ROWS_AT_ONCE)
         parts = (prompts[start : start + _ROWS_AT_ONCE] for start in starts)
         return torch.cat([similarities(part, self.vectors) for part in parts]) + self.handicap

@@ -15,6 +15,7 @@ from ..adapters.errors import RouterError
 from .base import Scores
 from .calibration import Calibration
 from .folds import calibrate, targets_of
+from .signals import check_width
 
 _HIDDEN = 256
 _FARTHEST = 8.0
@@ -121,6 +122,7 @@ class Mlp:
         """Logits of the modules and then of none, [n, modules + 1], or without it, not divided
         yet, and distances [n], of features [n, d]; float64.
         """
+        check_width(features, len(self.network.center))
         logits = self.network.logits(features).double()
         own = logits[:, : len(self.modules)]
         if logits.shape[1] == len(self.modules):

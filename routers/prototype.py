@@ -13,6 +13,7 @@ from .base import Scores
 from .calibration import Calibration
 from .covariance import clustered, feature_scale, ledoit_wolf, whitening_of
 from .folds import calibrate, targets_of
+from .signals import check_width
 
 _NONE = -1
 _PROMPTS_PER_NONE_CENTROID = 24
@@ -104,6 +105,7 @@ class Prototype:
         """Logits of the modules and then of none, [n, modules + 1], or without it, not divided
         yet, and distances [n], of features [n, d]; float64.
         """
+        check_width(features, len(self.center))
         squares = self._squares((features.double() - self.center) @ self.whitening)
         owners = [*range(len(self.modules)), *([_NONE] if self._knows_none else [])]
         nearest = [squares[:, self.owners == owner].min(1).values for owner in owners]
@@ -123,6 +125,7 @@ class Prototype:
         Its allowance lets in all but what lies four standard deviations from its samples, as far
         as each is told from other prompts by a mean of the rest.
         """
+        check_width(features, len(self.center))
         without = self.without_module(name)
         rows = (features.double() - self.center) @ self.whitening
         count = len(rows)

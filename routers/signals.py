@@ -135,6 +135,19 @@ class Cached:
         return torch.stack([known[key] for key in keys])
 
 
+def check_width(features: Tensor, width: int) -> None:
+    """Features [n, d] are as many as a scorer was fitted on.
+
+    Raises:
+        RouterError: they are not.
+    """
+    if features.shape[1] != width:
+        raise RouterError(
+            f"the signal gives {features.shape[1]} features, the router was fitted on {width}: fit "
+            "it again, or give it the signal that it was fitted on"
+        )
+
+
 def shortened(items: Items, count: int) -> Items:
     """At most `count` of a text or of token ids: the beginning and the end, half each."""
     half = count // 2

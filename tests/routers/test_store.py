@@ -362,6 +362,17 @@ def test_no_damage_of_a_byte_is_a_crash(
         load_router(folder, encode=encode, backbone=BACKBONE).route(query(3))
 
 
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_signal_of_another_width_is_refused(scorer: Any, tmp_path: Path) -> None:
+    settings_ = LEARNED.model_copy(update={"scorer": scorer})
+    save_router(tmp_path, settings_, fitted=fitted(scorer))
+    signal = json.loads((tmp_path / CONFIG_FILE).read_text())["signal"]
+    rewrite(tmp_path, signal={**signal, "ngrams": 1})
+    router = load_router(tmp_path, encode=encode, backbone=BACKBONE)
+    with pytest.raises(RouterError, match="the router was fitted on"):
+        router.route(query(3))
+
+
 def test_tensors_of_another_router_are_refused(folder: Path) -> None:
     rewrite(folder, modules=["low", "middle", "high"])
     with pytest.raises(RouterError, match="do not fit 3 modules"):

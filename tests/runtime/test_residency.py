@@ -261,7 +261,8 @@ def test_a_module_that_cannot_be_read_fails_its_own_requests_and_comes_back() ->
         files["m1"] = MODULES["m1"]
         await tokens(residency, digests, Blend({"m1": 1.0}))
         info = residency.info(digests["m1"])
-        assert (info.state, info.error, info.cold_loads) == ("resident", None, 3)
+        assert (info.state, info.error) == ("resident", None)
+        assert info.cold_loads in (3, 4)  # the fourth of the jobs may come once the first failed
 
     with resident(room=1, retry_s=0) as residency:
         digests = register(residency, "m0", "m2")
