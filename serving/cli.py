@@ -21,8 +21,9 @@ from .cli_banks import bank_commands
 from .cli_doctor import doctor_command
 from .cli_keys import key_commands
 from .cli_router import route_command, router_commands
+from .errors import UsageError
 from .options import DeviceOption, DtypeOption, JsonOption, console
-from .settings import DEFAULT_PORT, ServeSettings, UsageError
+from .settings import DEFAULT_PORT, ServeSettings
 from .settings_file import read_settings
 
 app = typer.Typer(

@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .errors import SettingsError, UsageError
 from .options import DeviceOption, DtypeOption, JsonOption, console
-from .settings import ServeSettings, SettingsError, UsageError
+from .settings import ServeSettings
 from .settings_file import read_settings
 
 doctor_command = typer.Typer()

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from .access.key_file import add_key, read_keys, revoke_key
 from .access.keys import Key, new_token, token_hash
+from .errors import UsageError
 from .options import JsonOption, console
-from .settings import UsageError
 
 key_commands = typer.Typer()
 _keys = typer.Typer(no_args_is_help=True)

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .errors import UsageError
 from .options import DeviceOption, DtypeOption, JsonOption, console
 from .scoring import MetricName
-from .settings import UsageError
 from .settings_file import read_settings
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help need not

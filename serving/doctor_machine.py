@@ -19,10 +19,11 @@ from ..adapters.errors import MergerouteError
 from ..runtime.loading import choose_device, choose_dtype
 from .access.guard import is_loopback
 from .access.key_file import KeyFileError, read_keys
+from .errors import SettingsError
 from .findings import Finding, required
 from .modules.state import StateFolder
 from .server import bind
-from .settings import ServeSettings, SettingsError
+from .settings import ServeSettings
 
 _PACKAGE = "mergeroute"
 _TOLD = ("torch", "transformers", "peft")

@@ -1,4 +1,4 @@
-"""One table from exceptions to HTTP status and OpenAI's error body."""
+"""Errors of this layer, and one table from exceptions to HTTP status and OpenAI's error body."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ from ..adapters.errors import (
 
 CLIENT_CLOSED = 499
 """nginx's status for a client that left; nobody reads it but the log and the metrics."""
+
+
+class SettingsError(MergerouteError):
+    """The settings are at fault."""
+
+
+class UsageError(SettingsError):
+    """The command line is at fault."""
 
 
 class ApiError(MergerouteError):

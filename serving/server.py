@@ -16,9 +16,9 @@ from .access.connections import connection_within
 from .access.guard import EVERYBODY, Policy
 from .access.redaction import WithoutKeys
 from .app import create_app
+from .errors import SettingsError
 from .readers import reading_within
 from .service import Service
-from .settings import SettingsError
 from .telemetry.options import QUIET, Telemetry
 from .telemetry.request_log import JsonLines, TextLines
 

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..adapters.errors import MergerouteError
 from .access.limits import DEFAULT_LIMITS, Limits
+from .errors import SettingsError
 from .pressure import DEFAULT_PRESSURE, Pressure
 from .settings_sections import ConversationSettings, ModuleSourceSettings
 
@@ -33,14 +33,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 NO_STATE = "none"
-
-
-class SettingsError(MergerouteError):
-    """The settings are at fault."""
-
-
-class UsageError(SettingsError):
-    """The command line is at fault."""
 
 
 class ServeSettings(BaseModel):

@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .settings import NO_STATE, ServeSettings, SettingsError, UsageError
+from .errors import SettingsError, UsageError
+from .settings import NO_STATE, ServeSettings
 
 _PATHS = {"banks": list, "modules": dict, "module_roots": list, "api_keys": str}
 _SHOWN = 60

@@ -11,9 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import ApiError
+from ..errors import ApiError, SettingsError
 from ..hosting import HostedBank
-from ..settings import SettingsError
 
 STATE_FILE = "modules.json"
 UPLOADS = "uploads"

@@ -21,11 +21,11 @@ from mergeroute.routers.settings import FixedSettings, TokenSettings
 from mergeroute.routers.store import save_router
 from mergeroute.routers.token_routing import TokenRouting
 from mergeroute.serving.cli import app
+from mergeroute.serving.errors import UsageError
 from mergeroute.serving.figures import shortfalls
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.router_evaluation import AnswerOptions, evaluate_router
 from mergeroute.serving.router_report import abstaining_rate, explanation
-from mergeroute.serving.settings import UsageError
 
 from .conftest import WORDS, write_ruled_bank
 from .test_fitting import none_rows, own_rows, written

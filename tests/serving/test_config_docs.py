@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from mergeroute.serving.config_docs import document, option_names
-from mergeroute.serving.settings import ServeSettings, SettingsError, UsageError
+from mergeroute.serving.errors import SettingsError, UsageError
+from mergeroute.serving.settings import ServeSettings
 from mergeroute.serving.settings_file import read_settings, section_of
 
 ROOT = Path(__file__).parent.parent.parent

@@ -18,9 +18,10 @@ from mergeroute.adapters.errors import UnknownTargetError
 from mergeroute.runtime.module_stack import ModuleStack
 from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.residency import Residency
+from mergeroute.serving.errors import SettingsError, UsageError
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service, ServiceOptions
-from mergeroute.serving.settings import ServeSettings, SettingsError, UsageError
+from mergeroute.serving.settings import ServeSettings
 from mergeroute.serving.settings_file import read_settings
 
 from ..tiny import make_model, make_module, make_prompt, make_tokenizer, reference_tokens

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mergeroute.routers.conversation import Stickiness
-from mergeroute.serving.settings import ServeSettings, SettingsError
+from mergeroute.serving.errors import SettingsError
+from mergeroute.serving.settings import ServeSettings
 from mergeroute.serving.settings_file import read_settings
 
 

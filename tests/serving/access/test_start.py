@@ -10,7 +10,8 @@ import pytest
 from mergeroute.adapters.bank import Bank
 from mergeroute.serving.access.key_file import KeyFileError
 from mergeroute.serving.access.limits import DEFAULT_LIMITS
-from mergeroute.serving.settings import ServeSettings, SettingsError
+from mergeroute.serving.errors import SettingsError
+from mergeroute.serving.settings import ServeSettings
 from mergeroute.serving.settings_file import read_settings
 
 from ..process import serving

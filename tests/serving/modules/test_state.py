@@ -17,11 +17,11 @@ import pytest
 
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, write_bank
-from mergeroute.serving.errors import ApiError
+from mergeroute.serving.errors import ApiError, SettingsError
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.modules.state import STATE_FILE, BankState, ModuleChange, State, StateFolder
 from mergeroute.serving.service import Service, ServiceOptions
-from mergeroute.serving.settings import ServeSettings, SettingsError
+from mergeroute.serving.settings import ServeSettings
 
 from ..conftest import running
 from ..process import serving
