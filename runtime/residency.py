@@ -21,6 +21,7 @@ from ..adapters.errors import (
     MergerouteError,
     ModuleUnavailableError,
     QueueFullError,
+    RequestError,
 )
 from ..adapters.lora import Module
 from .prepared import PreparedModule
@@ -78,6 +79,8 @@ class Residency:
         prepared = self.engine.modules.prepare(module)
         with self._lock:
             entry = self._registered.register(prepared, source, is_pinned)
+            if is_pinned:
+                self._refuse_impossible()
             is_new = (is_pinned or is_wanted) and entry not in self._registered.resident
             is_placed = is_new and self._registered.place([entry], evicts=is_pinned)
             if is_placed:
@@ -230,6 +233,15 @@ class Residency:
         for entry in entries:
             if entry.state == "failed" and time.monotonic() - entry.failed_at < self._retry_s:
                 raise ModuleUnavailableError(unreadable(entry))
+
+    def _refuse_impossible(self) -> None:
+        """What is pinned since they came may leave waiting requests no room for ever."""
+        for ticket in list(self._tickets.waiting):
+            try:
+                self._registered.check_possible(ticket.entries)
+            except RequestError as error:
+                self._tickets.waiting.remove(ticket)
+                ticket.future.set_exception(error)
 
     def _is_ready(self, ticket: Ticket) -> bool:
         """Whether all its modules are in memory or on their way there, and take requests."""

@@ -118,7 +118,7 @@ class Guard:
         """
         if self._policy.is_exposed:
             raise _unkeyed("listens on more than this machine")
-        if not is_loopback(urlsplit(f"//{given.get('host', '')}").hostname or ""):
+        if not is_loopback(_host_name(given.get("host", ""))):
             raise _unkeyed("was asked under another machine's name")
         if any(name in given for name in _FORWARDED):
             raise _unkeyed("was asked through a proxy")
@@ -160,6 +160,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def _host_name(given: str) -> str:
+    """Of a Host header, without its port; empty: it is none."""
+    try:
+        return urlsplit(f"//{given}").hostname or ""
+    except ValueError:  # a bracket that is not closed
+        return ""
 
 
 def _token(sent: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from ...adapters.bank import BankModule
+from ...adapters.errors import UnknownModuleError
 from ..errors import ApiError
 from ..hosting import HostedBank
 from ..targets import Targets
@@ -16,7 +18,9 @@ def module_entries(targets: Targets, state: State) -> list[dict[str, Any]]:
     entries = []
     for host in targets.hosted:
         told = state.of(host)
-        entries += [_served(targets, host, module, state) for module in host.bank.modules]
+        for module in host.bank.modules:
+            with suppress(UnknownModuleError):  # it is being taken away
+                entries.append(_served(targets, host, module, state))
         entries += [
             _missing(host, change, told.generations.get(change.name, 0))
             for change in told.changes

@@ -22,7 +22,11 @@ from .paths import FILES
 _MAX_CONFIG_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
 _MAX_PATTERNS = 4096
+_MAX_PATTERN = 1000
+_MAX_TENSOR_NAME = 512
 _QUANTIFIER = re.compile(r"(?<!\\)[*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_MAX_GROUPS = 2
 
 
 _Count = Annotated[int, Field(ge=0)]
@@ -32,7 +36,7 @@ class _Stored(BaseModel):
     """What a header says of a tensor."""
 
     dtype: str
-    shape: list[_Count]
+    shape: Annotated[list[_Count], Field(max_length=8)]
     data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
 
 
@@ -78,8 +82,8 @@ def _checked(name: str, file: BinaryIO, limits: Limits) -> int:
 
 
 def _check_config(file: BinaryIO, size: int) -> None:
-    """Small, and with patterns that end: they are matched by `re`, which a few nested quantifiers
-    keep busy for ever. What else is wrong with it is for who reads it.
+    """Small, and with patterns that end: they are matched by `re`, which nested quantifiers and
+    overlapping alternatives keep busy for ever. What else is wrong is for who reads it.
     """
     if size > _MAX_CONFIG_BYTES:
         raise _invalid(f"{CONFIG_FILE} has {size:,} bytes, at most {_MAX_CONFIG_BYTES:,} are read")
@@ -88,10 +92,21 @@ def _check_config(file: BinaryIO, size: int) -> None:
         patterns = config.get(key) or {}
         if not isinstance(patterns, Mapping) or len(patterns) > _MAX_PATTERNS:
             raise _invalid(f"{CONFIG_FILE}: {key} must be an object of up to {_MAX_PATTERNS:,}")
-        if any(len(_QUANTIFIER.findall(pattern)) > 1 for pattern in patterns):
+        if not all(map(_ends, patterns)):
             raise _invalid(
-                f"{CONFIG_FILE}: a pattern in {key} has several of * + ? {{: write layers' names"
+                f"{CONFIG_FILE}: a pattern in {key} has several of * + ? {{, one behind a group, "
+                f"over {_MAX_GROUPS} groups or {_MAX_PATTERN:,} characters: write layers' names"
             )
+
+
+def _ends(pattern: str) -> bool:
+    """Whether matching takes a time that can be waited for."""
+    return (
+        len(pattern) <= _MAX_PATTERN
+        and len(_QUANTIFIER.findall(pattern)) <= 1
+        and not _REPEATED_GROUP.search(pattern)
+        and pattern.count("(") <= _MAX_GROUPS
+    )
 
 
 def _header(name: str, file: BinaryIO, size: int, limits: Limits) -> dict[str, Any]:
@@ -119,6 +134,11 @@ def _header(name: str, file: BinaryIO, size: int, limits: Limits) -> dict[str, A
 
 def _held(name: str, tensor: str, entry: object) -> int:
     """Bytes of a tensor, which its shape, dtype and offsets must agree on."""
+    if len(tensor) > _MAX_TENSOR_NAME:
+        raise _invalid(
+            f"{name} names a tensor in {len(tensor):,} characters, at most {_MAX_TENSOR_NAME} are "
+            f"read: {tensor[:60]!r}..."
+        )
     try:
         stored = _Stored.model_validate(entry, strict=True)
     except ValidationError as error:

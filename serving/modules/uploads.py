@@ -36,7 +36,10 @@ _MOST_ENTRIES = 32
 _ARCHIVE_OVERHEAD = 1 << 20
 _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _PREFIX = ".upload."
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, zlib.error, struct.error)
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError),
+    RecursionError,  # tarfile calls itself for every header that stands before another
+)
 
 Entry = tuple[str, int, Callable[[], IO[bytes]]]
 """Path in the archive, bytes, and what opens it."""
@@ -192,7 +195,9 @@ def _zip_entries(archive: zipfile.ZipFile) -> Iterator[Entry]:
 
 
 def _tar_entries(archive: tarfile.TarFile) -> Iterator[Entry]:
-    for info in archive:
+    for number, info in enumerate(archive):
+        if number >= 2 * _MOST_ENTRIES:  # tarfile keeps them all in memory
+            raise _invalid(f"the archive holds over {2 * _MOST_ENTRIES} files and folders")
         if info.isdir():
             continue
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):

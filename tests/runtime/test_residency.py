@@ -40,6 +40,8 @@ _STACK = ModuleStack(make_model())
 ONE = _STACK.room.needed([_STACK.prepare(MODULES["m0"]).footprint])
 """Bytes of one of them in memory."""
 
+BLEND = "blend:m1=0.5,m2=0.25,m3=0.25"
+
 
 STATM = Path("/proc/self/statm")
 
@@ -155,6 +157,25 @@ def test_the_least_recently_used_goes_and_a_pinned_one_never() -> None:
         assert (info.rank, info.bytes, info.hits, info.cold_loads) == (RANK, ONE, 2, 1)
         assert time.time() - info.last_used < 60
         assert residency.info(digests["m0"]).is_pinned
+
+
+def test_who_waits_for_what_a_pin_makes_impossible_is_told() -> None:
+    async def run(residency: Residency, digests: dict[str, str]) -> None:
+        async with residency.hold([digests["m0"]]):
+            blocked = asyncio.create_task(tokens(residency, digests, Blend.parse(BLEND)))
+            await asyncio.sleep(0.1)
+            assert residency.stats().waiting == 1
+        await blocked  # there was room for all three
+        async with residency.hold([digests["m0"]]):
+            blocked = asyncio.create_task(tokens(residency, digests, Blend.parse(BLEND)))
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(register, residency, "m5", is_pinned=True)
+            with pytest.raises(RequestError, match="pinned"):
+                await asyncio.wait_for(blocked, 5)
+        assert residency.stats().waiting == 0
+
+    with resident(room=3) as residency:
+        asyncio.run(run(residency, register(residency, "m0", "m1", "m2", "m3")))
 
 
 def test_without_a_budget_all_stay() -> None:

@@ -126,6 +126,7 @@ def test_complaint_17_load_endpoints_without_keys_are_for_this_machine_alone(
     for refused in (
         asked(Policy(is_exposed=True)),
         asked(EVERYBODY, host="rebound.example"),
+        asked(EVERYBODY, host="[::1"),
         asked(EVERYBODY, origin="https://evil.example"),
         asked(EVERYBODY, x_forwarded_for="203.0.113.5"),
     ):

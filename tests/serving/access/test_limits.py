@@ -174,6 +174,8 @@ def test_a_module_as_it_is_saved_passes(folder: Path) -> None:
         header({"a": {**F32, "shape": [-2, -2]}}, data=b"\0" * 16),
         header({"a": {**F32, "shape": [1 << 60, 1 << 60]}}, data=b"\0" * 16),
         header({"a": {**F32, "shape": [True, 4]}}, data=b"\0" * 16),
+        header({"a": {**F32, "shape": [9] * 1_000_000}}, data=b"\0" * 16),  # no product ends
+        header({"a" * 513: F32}, data=b"\0" * 16),
         header({"a": {**F32, "data_offsets": [16, 0]}}, data=b"\0" * 16),
         header({f"t{n}": {**F32, "shape": [0], "data_offsets": [0, 0]} for n in range(20_001)}),
     ],
@@ -204,12 +206,30 @@ def test_a_pipe_that_came_after_the_paths_check_is_not_waited_for(folder: Path) 
         check_sizes(folder, DEFAULT_LIMITS)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "a?a?a?aaa", "(.*)*", "(a{1,9}){1,9}"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+$",
+        "a?a?a?aaa",
+        "(.*)*",
+        "(a{1,9}){1,9}",
+        r"(.|\w)+!",
+        r"(.|\w)" * 30 + "!",
+        "a|" * 1000,
+    ],
+)
 def test_patterns_that_never_end_are_refused(folder: Path, pattern: str) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
     (folder / CONFIG_FILE).write_text(json.dumps({**config, "rank_pattern": {pattern: 4}}))
     with pytest.raises(ApiError, match="rank_pattern"):
         check_sizes(folder, DEFAULT_LIMITS)
+
+
+@pytest.mark.parametrize("pattern", [".*q_proj", r"layers\.(1|2)\.(q|k)_proj", "^model.up_proj"])
+def test_patterns_that_are_in_use_pass(folder: Path, pattern: str) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "rank_pattern": {pattern: 4}}))
+    check_sizes(folder, DEFAULT_LIMITS)
 
 
 def test_prompts_and_keys_are_not_in_the_log(

@@ -7,6 +7,8 @@ import time
 import httpx
 
 from mergeroute.adapters.bank import Bank
+from mergeroute.serving.modules.listing import module_entries
+from mergeroute.serving.modules.state import State
 
 from .test_changes import SAMPLES, SING, Hot, hot, text_of
 
@@ -54,6 +56,13 @@ def test_complaint_15_every_module_says_what_became_of_it(hot: Hot, bank: Bank) 
     assert after["hits"] == 1
     assert before <= after["last_used"] <= time.time()
     assert entries(hot)["sing"] == after
+
+
+def test_a_module_that_goes_meanwhile_is_left_out(hot: Hot) -> None:
+    hot.load("sing", "sing")
+    seen = hot.service.targets
+    hot.unload("sing")
+    assert [entry["id"] for entry in module_entries(seen, State())] == ["upper", "digit"]
 
 
 def test_a_module_that_is_not_there_is_404(hot: Hot) -> None:

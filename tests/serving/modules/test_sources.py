@@ -111,11 +111,18 @@ def test_complaint_17_a_bad_upload_leaves_nothing_behind(open_server: Callable[[
     good = files_of(hot.root / "sing")
     config, weights = "adapter_config.json", "adapter_model.safetensors"
     links = tarred(good, type=tarfile.SYMTYPE, linkname="/etc/passwd")
+    nested = tarred({"x": b""}, type=tarfile.XHDTYPE)[:512] * 2000
+    folders = tarred({f"d{n}": b"" for n in range(100)}, type=tarfile.DIRTYPE)
     cut = {**good, weights: good[weights][:-100]}
     bad = {
         "neither a zip file": [b"", b"x" * 5000, b"\x80\x04pickle", tarred(good, "w:gz")],
         "no regular file": [links, tarred(good, type=tarfile.LNKTYPE, linkname=config)],
-        "archive is damaged": [tarred(good)[:1500], zipped(good)[:40] + zipped(good)[60:]],
+        "archive is damaged": [
+            tarred(good)[:1500],
+            zipped(good)[:40] + zipped(good)[60:],
+            nested,
+        ],
+        "files and folders": [folders],
         "'../adapter_config.json'": [
             zipped({"../" + config: b"{}"}),
             tarred({"../" + config: b""}),
