@@ -13,6 +13,7 @@ from .backbone import HUB_ID
 from .errors import RecipeError
 from .mergekit import from_mergekit
 from .recipe import Recipe
+from .unique_yaml import load_yaml
 
 _UNKNOWN = ("extra_forbidden", "invalid_key")
 
@@ -38,30 +39,12 @@ def read_recipe(path: str | Path) -> Recipe:
     return resolved(recipe, file.parent)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key may stand twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"the mapping at line {line} holds {key!r} twice: keep one")
-    mapping: dict[Any, Any] = loader.construct_mapping(node, deep=True)
-    return mapping
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def _read_yaml(file: Path) -> Any:  # noqa: ANN401 - whatever the file holds
     if not file.is_file():
         what = "is a folder: name the recipe in it" if file.is_dir() else "does not exist"
         raise RecipeError(f"{file} {what}")
     try:
-        text = file.read_text("utf-8")
-        return yaml.load(text, _Loader)
+        return load_yaml(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         remedy = " (tabs cannot indent YAML: use spaces)" if "'\\t'" in str(error) else ""
         raise RecipeError(f"{file} cannot be read as YAML: {error}{remedy}") from error

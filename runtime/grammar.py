@@ -21,6 +21,7 @@ MAX_GRAMMAR_BYTES = 128 << 10
 _KEPT = 64
 _PROBED = 4
 _JSON_FAULT = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: ")
+_REASON = re.compile(r"^error: (.+)$", re.MULTILINE)
 
 
 class Constraint:
@@ -37,7 +38,7 @@ class Constraint:
     @property
     def fault(self) -> str:
         """Why it went wrong, in a line; empty while it has not."""
-        return _first_line(self._matcher.get_error())
+        return _in_a_line(self._matcher.get_error())
 
     def take(self, token_id: int) -> bool:
         """Go on by a token; False where the form does not allow it, or its limits are exceeded."""
@@ -75,7 +76,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, end_tokens: frozenset[int]) -> None:  # noqa: ANN401
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, LLMatcher | str] = OrderedDict()  # or what is wrong
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
 
@@ -85,27 +86,32 @@ class Grammars:
         Raises:
             RequestError: the grammar is at fault, or the tokenizer cannot be constrained.
         """
-        matcher = self._known(grammar)
-        if matcher is None:
+        made = self._known(grammar)
+        if made is None:
             with self._compiling:
-                matcher = self._known(grammar) or self._compile(grammar)
-                self._keep(grammar, matcher)
-        return Constraint(matcher.deep_copy())
+                made = self._known(grammar) or self._compile(grammar)
+                self._keep(grammar, made)
+        if isinstance(made, str):
+            raise RequestError(
+                f"{grammar.parameter} cannot be kept to: {made}", parameter=grammar.parameter
+            )
+        return Constraint(made.deep_copy())
 
-    def _known(self, grammar: Grammar) -> LLMatcher | None:
+    def _known(self, grammar: Grammar) -> LLMatcher | str | None:
         with self._lock:
             matcher = self._compiled.get(grammar.text)
             if matcher is not None:
                 self._compiled.move_to_end(grammar.text)
             return matcher
 
-    def _keep(self, grammar: Grammar, matcher: LLMatcher) -> None:
+    def _keep(self, grammar: Grammar, made: LLMatcher | str) -> None:
         with self._lock:
-            self._compiled[grammar.text] = matcher
+            self._compiled[grammar.text] = made
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> LLMatcher | str:
+        """The grammar's matcher, or what is wrong with the grammar, in a line."""
         size = len(grammar.text.encode())
         if size > MAX_GRAMMAR_BYTES:
             raise RequestError(
@@ -116,12 +122,8 @@ class Grammars:
         matcher = LLMatcher(
             self._vocabulary(grammar.parameter), grammar.text, log_level=0, limits=_limits()
         )
-        if fault := matcher.get_error() or _early_fault(matcher):
-            raise RequestError(
-                f"{grammar.parameter} cannot be kept to: {_first_line(fault)}",
-                parameter=grammar.parameter,
-            )
-        return matcher
+        fault = matcher.get_error() or _early_fault(matcher)
+        return _in_a_line(fault) if fault else matcher
 
     def _vocabulary(self, parameter: str) -> LLTokenizer:
         try:
@@ -171,5 +173,10 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _first_line(message: str) -> str:
-    return _JSON_FAULT.sub("", message.split("\n", 1)[0])
+def _in_a_line(message: str) -> str:
+    """Its first line, and the reason that llguidance adds below where a regex does not parse."""
+    first = _JSON_FAULT.sub("", message.split("\n", 1)[0])
+    if first == "NoExtensionBias":  # its word for a start from which no token leads on
+        return "nothing can match it"
+    reason = _REASON.search(message)
+    return f"{first.removesuffix(':')}: {reason[1]}" if reason else first

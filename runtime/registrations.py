@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from ..adapters.errors import ModuleError, RequestError, UnknownModuleError
 from .engine_modules import EngineModules
 from .prepared import PreparedModule
-from .resident_set import Entry, ResidentSet, Source
+from .resident_set import Entry, Registration, ResidentSet, Source
 
 
 class Registrations:
@@ -42,15 +42,14 @@ class Registrations:
         entry = self._entries.get(prepared.digest)
         if entry is None:
             entry = Entry(prepared.name, prepared.digest, prepared.footprint)
-        if (is_pinned or not entry.registrations) and not self.resident.can_hold([entry]):
+        if (is_pinned or not entry.registered) and not self.resident.can_hold([entry]):
             raise ModuleError(
                 f"module {entry.name!r} {self.resident.too_large([entry])}: raise it, or pin fewer"
             )
         self._entries[entry.digest] = entry
         if entry in self._leaving:
             self._leaving.remove(entry)
-        entry.registrations += 1
-        entry.sources = [*entry.sources, source][-entry.registrations :]
+        entry.registered = (*entry.registered, Registration(source, is_pinned))
         if is_pinned:
             self.resident.pin(entry)
         return entry
@@ -62,16 +61,26 @@ class Registrations:
             UnknownModuleError: it is not registered.
         """
         entry = self._entries.get(digest)
-        if entry is None or not entry.registrations:
+        if entry is None or not entry.registered:
             raise unknown(digest)
         return entry
 
-    def unregister(self, entry: Entry) -> bool:
-        """Undo one registration; returns whether it was the last. Then `free_left` is to follow."""
-        entry.registrations -= 1
-        if not entry.registrations:
+    def unregister(self, entry: Entry, source: Source) -> bool:
+        """Undo the registration with this source; returns whether it was the last. Then `free_left`
+        is to follow.
+
+        Raises:
+            UnknownModuleError: there is none.
+        """
+        gone = next((one for one in entry.registered if one.source is source), None)
+        if gone is None:
+            raise unknown(entry.digest)
+        entry.registered = tuple(one for one in entry.registered if one is not gone)
+        if not entry.is_pinned:
+            self.resident.forget(entry)
+        if not entry.registered:
             self._leaving.append(entry)
-        return not entry.registrations
+        return not entry.registered
 
     def check_possible(self, entries: Sequence[Entry]) -> None:
         """Refuse a blend whose modules are never in memory together.
@@ -117,9 +126,8 @@ class Registrations:
             if self.resident.discard(entry):
                 freed.append(self._modules.drop(entry.digest))
                 entry.state = "cold"
-            if not entry.registrations:
+            if not entry.registered:
                 self._leaving.remove(entry)
-                self.resident.forget(entry)
                 del self._entries[entry.digest]
         return freed
 

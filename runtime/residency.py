@@ -70,7 +70,8 @@ class Residency:
     ) -> str:
         """Make a module known; returns its digest. Registrations are counted.
 
-        source: reads it again. is_pinned: it stays in memory for as long as it is registered.
+        source: reads it again, and is what this registration is undone by. is_pinned: the module
+        stays in memory for as long as this registration lasts.
         is_wanted: it goes into memory now if there is room.
 
         Raises:
@@ -90,21 +91,21 @@ class Residency:
                 self._put(entry, prepared)
             except BaseException as error:
                 self._failed(entry, error)
-                self.unregister(entry.digest)
+                self.unregister(entry.digest, source)
                 raise
         return prepared.digest
 
-    def unregister(self, digest: str) -> None:
-        """Undo one registration; requests that hold the module or run on it keep it.
+    def unregister(self, digest: str, source: Source) -> None:
+        """Undo the registration with this very source; requests that hold the module or run on it
+        keep it.
 
         Raises:
-            UnknownModuleError: it is not registered.
+            UnknownModuleError: it is not registered, or not with this source.
         """
         with self._lock:
             entry = self._registered.known(digest)
-            if not self._registered.unregister(entry):
-                return
-            self._tickets.left(entry, unknown(digest))
+            if self._registered.unregister(entry, source):
+                self._tickets.left(entry, unknown(digest))
             freed = self._pump()
         for done in freed:
             done.result()

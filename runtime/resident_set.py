@@ -56,9 +56,19 @@ class ResidencyStats:
     awaited: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """One of a module's registrations. source: where to read it, and what the registration is
+    undone by. is_pinned: as long as it lasts the module stays in memory.
+    """
+
+    source: Source
+    is_pinned: bool = False
+
+
 @dataclass(eq=False)
 class Entry:
-    """A registered module. sources: where to read it, the newest last, one per registration.
+    """A registered module. registered: its registrations, the newest last.
 
     holds: how many keep it from being evicted. failed_at: when it could not be read, on the
     monotonic clock.
@@ -67,16 +77,24 @@ class Entry:
     name: str
     digest: str
     footprint: Footprint
-    sources: Sequence[Source] = ()
-    is_pinned: bool = False
+    registered: tuple[Registration, ...] = ()
     state: State = "cold"
-    registrations: int = 0
     holds: int = 0
     hits: int = 0
     cold_loads: int = 0
     last_used: float = 0.0
     error: str | None = None
     failed_at: float = 0.0
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where to read it, the newest last."""
+        return tuple(one.source for one in self.registered)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether one of its registrations keeps it in memory."""
+        return any(one.is_pinned for one in self.registered)
 
 
 class ResidentSet:
@@ -106,12 +124,10 @@ class ResidentSet:
 
     def pin(self, entry: Entry) -> None:
         """It is never chosen to make room."""
-        entry.is_pinned = True
         self._pinned[entry.digest] = entry
 
     def forget(self, entry: Entry) -> None:
         """It is pinned no more."""
-        entry.is_pinned = False
         self._pinned.pop(entry.digest, None)
 
     def info(self, entry: Entry) -> ResidentInfo:

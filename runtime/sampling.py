@@ -47,13 +47,15 @@ class Sampled:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | None]:
-    """Choose a token per row; None where the logits hold NaN or +inf, or no finite value.
+    """Choose a token per row; None where the logits hold NaN or +inf, or no finite value for any
+    token that may be drawn.
 
     logits: [n, vocabulary], any float dtype; computed in float32.
     """
     logits = logits.float()
     adjusted = _constrain(_adjust(logits, states), states)  # before the device is waited for
-    is_sound = logits.amax(-1).isfinite().tolist()  # NaN wins every maximum
+    best = torch.stack([logits.amax(-1), adjusted.amax(-1)])  # NaN wins every maximum
+    is_sound = best.isfinite().all(0).tolist()
     tokens = adjusted.argmax(-1)
     random_rows = [i for i, s in enumerate(states) if is_sound[i] and not s.params.is_greedy]
     if random_rows:

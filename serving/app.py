@@ -41,7 +41,7 @@ from .telemetry.middleware import Observed
 from .telemetry.options import QUIET, Telemetry
 from .telemetry.record import RequestRecord
 from .text_routes import add_text_routes
-from .validation import read_json, validate
+from .validation import read_body
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -88,20 +88,16 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(request, validate(await read_json(request), ChatRequest), service)
+        return await _answer(request, await read_body(request, ChatRequest), service)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(
-            request, validate(await read_json(request), CompletionRequest), service
-        )
+        return await _answer(request, await read_body(request, CompletionRequest), service)
 
     @app.post("/v1/route")
     async def route(request: Request) -> dict[str, Any]:
-        document = await read_json(request)
-        if "messages" in document:
-            return await service.preview(validate(document, ChatRequest), context_of(request))
-        return await service.preview(validate(document, CompletionRequest), context_of(request))
+        body: GenerationBody = await read_body(request, CompletionRequest, chat=ChatRequest)
+        return await service.preview(body, context_of(request))
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -149,7 +145,11 @@ async def _answer(request: Request, body: GenerationBody, service: Service) -> R
         await _unless_disconnected(request, collect(progress))
     finally:
         finish()
-    return JSONResponse(shape.body(progress), headers=headers)
+    if all(choice.top_logprobs is None for choice in choices) and body.prompt_logprobs is None:
+        return JSONResponse(shape.body(progress), headers=headers)
+    return await asyncio.to_thread(  # log-probabilities may be many
+        lambda: JSONResponse(shape.body(progress), headers=headers)
+    )
 
 
 class _Stream(StreamingResponse):

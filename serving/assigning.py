@@ -29,7 +29,7 @@ from .schemas.completions import ChatRequest, GenerationBody
 from .sessions import SessionKey, Sessions, conversation_of, labels_of
 from .targets import Target, Targets
 
-MAX_PROMPT_LOGPROBS = 1 << 21
+MAX_PROMPT_LOGPROBS = 1 << 18
 """Of one request: every token of every choice's prompt, times what is told of it."""
 
 

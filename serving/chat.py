@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from inspect import signature
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 
 from ..routers.base import Turn
 from .errors import ApiError
 from .schemas.messages import Message
 
 _PLAIN: Mapping[str, Any] = {"add_generation_prompt": True, "continue_final_message": False}
+_GIVEN = {"messages", "raise_exception", "strftime_now"}
+_GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # known to transformers alone
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,32 @@ def _turns(tokenizer: Any, messages: Sequence[Message]) -> tuple[Turn, ...]:  # 
 
 
 def _check_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """The caller's own arguments reach the template alone, not the code that renders it."""
-    ours = signature(tokenizer.apply_chat_template).parameters.keys() - _PLAIN.keys() - {"tools"}
-    if taken := sorted(ours & arguments.keys()):
+    """The caller's own arguments reach the template, which looks at them, and nothing else."""
+    own = {name: value for name, value in arguments.items() if name not in {*_PLAIN, "tools"}}
+    if own.get("enable_thinking") is False:
+        del own["enable_thinking"]  # where a template does not think, this asks for nothing
+    if not own:
+        return
+    ours = signature(tokenizer.apply_chat_template).parameters.keys()
+    try:
+        allowed = _names_in(tokenizer.get_chat_template(tools=arguments.get("tools"))) - ours
+    except (TemplateError, ValueError):
+        allowed = frozenset()
+    if unknown := sorted(own.keys() - allowed):
+        names = f"allowed are {', '.join(sorted(allowed))}" if allowed else "it looks at none"
         raise ApiError(
-            f"chat_template_kwargs may not hold {taken[0]!r}, which is not the template's: leave "
-            "it out",
+            f"chat_template_kwargs may not hold {unknown[0]!r}, which is not the template's "
+            f"({names}): leave it out",
             param="chat_template_kwargs",
         )
+
+
+@lru_cache(maxsize=64)
+def _names_in(template: str) -> frozenset[str]:
+    """What a chat template looks at, beside what it is always given."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # parses alone
+    parsed = environment.parse(_GENERATION_TAG.sub("", template))
+    return frozenset(find_undeclared_variables(parsed) - _GIVEN)
 
 
 def _check_tools(

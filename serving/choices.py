@@ -40,14 +40,19 @@ async def start(
     try:
         started = await asyncio.gather(*tasks)
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        for ended in await asyncio.gather(*tasks, return_exceptions=True):
-            if not isinstance(ended, BaseException):
-                _cancel(ended)
+        await asyncio.shield(_end(tasks))  # to its end, even where this is cancelled once more
         raise
     choices = [choice for own in started for choice in own]
     return [replace(choice, index=index) for index, choice in enumerate(choices)]
+
+
+async def _end(tasks: Sequence[asyncio.Task[list[Choice]]]) -> None:
+    """Cancel what starts, and what has started."""
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if not isinstance(ended, BaseException):
+            _cancel(ended)
 
 
 async def _start_held(body: GenerationBody, assignment: Assignment, terms: Terms) -> list[Choice]:
@@ -55,6 +60,8 @@ async def _start_held(body: GenerationBody, assignment: Assignment, terms: Terms
     async with hosted.residency.hold(hosted.needed(decision)) as cold:
         if gate := hosted.gate(decision):
             await asyncio.to_thread(hosted.engine.prepare_gate, gate)
+        if cold and (grammar := assignment.form.grammar):  # others may have displaced it meanwhile
+            await asyncio.to_thread(hosted.engine.prepare_grammar, grammar)
         choices = submit(body, [assignment], terms)
     return [replace(choice, cold=hosted.names(cold)) for choice in choices] if cold else choices
 

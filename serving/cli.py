@@ -117,7 +117,7 @@ def serve(
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="Checkpoint folder or hub id, instead of a bank.", rich_help_panel=_ADHOC
+            help="Checkpoint folder or hub id, served as one more bank.", rich_help_panel=_ADHOC
         ),
     ] = None,
     module: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +66,8 @@ def create(
         raise UsageError(
             f"{name!r} names no key: use up to 64 of A-Z, a-z, 0-9, '.', '_' and '-'"
         ) from error
+    if not key.is_valid(datetime.now(UTC)):
+        raise UsageError(f"--expires {expires} (UTC) is over: name a time to come, or leave it out")
     add_key(file, key)
     typer.echo(token)
     console.print(f"{escape(str(file))}: key {escape(name)}; it is shown this once", soft_wrap=True)

@@ -14,7 +14,7 @@ from .doctor_bank import Examined, check_bank
 from .doctor_machine import check_device, check_host, check_installation
 from .doctor_memory import Estimate, check_memory, estimate
 from .findings import FaultError, Finding, required
-from .hosting import host_banks
+from .hosting import check_names, host_banks
 from .settings import ServeSettings
 
 
@@ -46,6 +46,7 @@ def _banks(settings: ServeSettings, loads: bool) -> Iterator[Finding]:
     device = choose_device(settings.device)
     memory = check_memory(_estimates(examined, settings, device), device)
     yield memory
+    required("modules", lambda: check_names(banks, settings.placement))
     if not loads:
         yield Finding("note", "load", "nothing was loaded: attention and routers were not tried")
     elif memory.level == "error" or not all(one.is_sound for one in examined):

@@ -10,20 +10,22 @@ from .errors import ApiError, describe, retry_headers
 from .service import Service
 
 _STILL_ANSWERED = frozenset(("/health", "/ready", "/live", "/metrics", "/version"))
+_METHODS = ["GET", "HEAD"]
+"""Of one route, whose 405 then names both; the document is told of GET by another one."""
 
 
 def add_health_routes(app: FastAPI, service: Service) -> None:
     """/live: the process answers. /health and /ready: it should be sent requests, else 503."""
 
     @app.get("/live")
-    @app.head("/live", include_in_schema=False)
+    @app.api_route("/live", methods=_METHODS, include_in_schema=False)
     async def live() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/ready")
-    @app.head("/ready", include_in_schema=False)
+    @app.api_route("/ready", methods=_METHODS, include_in_schema=False)
     @app.get("/health")
-    @app.head("/health", include_in_schema=False)
+    @app.api_route("/health", methods=_METHODS, include_in_schema=False)
     async def ready() -> dict[str, str]:
         if reason := service.unready:
             raise ApiError(reason, status=503, code="not_ready")

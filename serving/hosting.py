@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..routers.loading import load_router
 from ..routers.router import Router
 from ..runtime.options import EngineOptions
 from ..runtime.residency import Residency
+from ..runtime.resident_set import Source
 from ..runtime.torch_engine import TorchEngine
 from ..runtime.types import GenerationRequest, SamplingParams, TokenGate
 
@@ -53,7 +55,8 @@ class HostedBank:
     bank: with the modules that are served now; its digest is of what is served now.
     opened: the bank as it was opened.
     residency: what keeps the modules of its engine.
-    digests: of its modules, by name. shared: of its always-on module.
+    digests: of its modules, by name. read: what each is read by again. shared: digest of its
+    always-on module.
     changes: digests of what became of modules since the bank was opened, None of those that went.
     """
 
@@ -61,6 +64,7 @@ class HostedBank:
     opened: Bank
     residency: Residency
     digests: Mapping[str, str]
+    read: Mapping[str, Source]
     shared: str | None = None
     router: Router | None = None
     defaults: SamplingParams = field(default_factory=SamplingParams)
@@ -113,11 +117,18 @@ class HostedBank:
         """What the bank calls modules."""
         return tuple(name for name, digest in self.digests.items() if digest in digests)
 
-    def with_module(self, entry: BankModule, digest: str, card: Card) -> HostedBank:
+    def release(self, name: str) -> None:
+        """Undo the registration of one of its modules, which is asked for by this bank no more."""
+        self.residency.unregister(self.digests[name], self.read[name])
+
+    def with_module(
+        self, entry: BankModule, digest: str, card: Card, *, read: Source
+    ) -> HostedBank:
         """This bank and one module more, or with the module of this name replaced. The router
         forgets what it knew of other weights under the name.
 
         digest: of the module, which the engine has loaded. card: what the router is told of it.
+        read: what it was registered with.
 
         Raises:
             RouterError: the router cannot read the card.
@@ -134,6 +145,7 @@ class HostedBank:
         return self._changed(
             modules,
             {**self.digests, entry.name: digest},
+            {**self.read, entry.name: read},
             self.router and self.router.with_module(card, is_same=is_same),
             {**self.changes, entry.name: json_digest(said)},
         )
@@ -144,6 +156,7 @@ class HostedBank:
         return self._changed(
             modules,
             {known: digest for known, digest in self.digests.items() if known != name},
+            {known: read for known, read in self.read.items() if known != name},
             self.router and self.router.without_module(name),
             {known: change for known, change in self.changes.items() if known != name}
             | ({name: None} if name in {module.name for module in self.opened.modules} else {}),
@@ -173,6 +186,7 @@ class HostedBank:
         self,
         modules: Mapping[str, BankModule],
         digests: Mapping[str, str],
+        read: Mapping[str, Source],
         router: Router | None,
         changes: Mapping[str, str | None],
     ) -> HostedBank:
@@ -180,7 +194,7 @@ class HostedBank:
         if changes:
             digest = json_digest({"opened": digest, "changes": changes})
         bank = replace(self.bank, modules=tuple(modules.values()), digest=digest)
-        return replace(self, bank=bank, digests=digests, router=router, changes=changes)
+        return replace(self, bank=bank, digests=digests, read=read, router=router, changes=changes)
 
     def _by_digest(self, blend: Blend) -> Blend:
         """A blend over names as the engine wants it, the shared module always among it.
@@ -208,7 +222,7 @@ def host_banks(
     Raises:
         MergerouteError: a bank cannot be served.
     """
-    _check_names(banks, (*placement.pinned, *(placement.prefetch or ())))
+    check_names(banks, placement)
     residencies: dict[str, Residency] = {}
     try:
         return [_host(bank, residencies, placement, report) for bank in banks]
@@ -237,11 +251,14 @@ def _host(
     residency = residencies[backbone.digest]
     shared = None
     if bank.shared is not None:
-        shared = _register(bank, bank.shared, residency, report, is_pinned=True)
+        read_shared = partial(bank.load, bank.shared)
+        shared = _register(bank, bank.shared, read_shared, residency, report, is_pinned=True)
+    read = {entry.name: partial(bank.load, entry) for entry in bank.modules}
     digests = {
         entry.name: _register(
             bank,
             entry,
+            read[entry.name],
             residency,
             report,
             is_pinned=_is_named(bank, entry, placement.pinned),
@@ -254,6 +271,7 @@ def _host(
         opened=bank,
         residency=residency,
         digests=digests,
+        read=read,
         shared=shared,
         router=_router(bank, residency.engine),
         defaults=_defaults(backbone.path),
@@ -265,16 +283,15 @@ def _host(
 def _register(
     bank: Bank,
     entry: BankModule,
+    read: Source,
     residency: Residency,
     report: Report,
     *,
     is_pinned: bool,
     is_wanted: bool = True,
 ) -> str:
-    module = bank.load(entry)
-    digest = residency.register(
-        module, lambda: bank.load(entry), is_pinned=is_pinned, is_wanted=is_wanted
-    )
+    module = read()
+    digest = residency.register(module, read, is_pinned=is_pinned, is_wanted=is_wanted)
     cold = "" if residency.info(digest).is_resident else "; read when it is asked for"
     if entry is bank.shared:
         report(f"shared module of {bank.name}: {module.coverage(bank.backbone.shapes)}{cold}")
@@ -283,8 +300,13 @@ def _register(
     return digest
 
 
-def _check_names(banks: Sequence[Bank], names: Sequence[str]) -> None:
-    """Every name is that of a module, bare or after its bank's."""
+def check_names(banks: Sequence[Bank], placement: Placement) -> None:
+    """Every name of a placement is that of a module, bare or after its bank's.
+
+    Raises:
+        UnknownTargetError: one is not.
+    """
+    names = (*placement.pinned, *(placement.prefetch or ()))
     known = {name for bank in banks for module in bank.modules for name in _names(bank, module)}
     if unknown := [name for name in names if name not in known]:
         raise UnknownTargetError(

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Pressure(BaseModel):
     """What is waited for, and how long."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_waiting: int = Field(1024, ge=1, description="most requests that wait for a slot")
     request_timeout_seconds: float | None = Field(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runtime.types import ScoredToken, TokenEvent, TokenLogprob
 from .choices import Choice
-from .token_text import token_text
+from .token_text import TokenTexts
 
 _LEAST = -9999.0
 """Stands for minus infinity, which JSON has no word for."""
@@ -47,31 +47,30 @@ def echoed_text(choice: Choice) -> str:
     return "".join(turn.text for turn in choice.assignment.prompt.turns)
 
 
-def prompt_fields(choice: Choice) -> dict[str, Any]:
+def prompt_fields(choice: Choice, texts: TokenTexts) -> dict[str, Any]:
     """What vLLM tells of a prompt, as far as it is asked for."""
     body, fields = choice.body, {}
     if body.prompt_logprobs is not None:
-        fields["prompt_logprobs"] = _prompt_logprobs(choice, body.prompt_logprobs)
+        fields["prompt_logprobs"] = _prompt_logprobs(choice, body.prompt_logprobs, texts)
     if body.return_token_ids:
         fields["prompt_token_ids"] = list(choice.assignment.prompt.token_ids)
     return fields
 
 
-def _prompt_logprobs(choice: Choice, count: int) -> list[Any]:
+def _prompt_logprobs(choice: Choice, count: int, texts: TokenTexts) -> list[Any]:
     """Of each token, by id, the token itself and the best `count`; null of the first."""
     scores = choice.generation.prompt_scores
-    return [None, *(_entry(choice, scored, count) for scored in scores)]
+    return [None, *(_entry(scored, count, texts) for scored in scores)]
 
 
-def _entry(choice: Choice, scored: ScoredToken, count: int) -> dict[str, Any]:
+def _entry(scored: ScoredToken, count: int, texts: TokenTexts) -> dict[str, Any]:
     ranked = [(scored.logprob, scored.rank)]
     ranked += [(top, rank) for rank, top in enumerate(scored.top_logprobs[:count], 1)]
-    tokenizer = choice.assignment.hosted.tokenizer
     return {
         str(token.token_id): {
             "logprob": max(token.logprob, _LEAST),
             "rank": rank,
-            "decoded_token": token_text(tokenizer, token.token_id).text,
+            "decoded_token": texts[token.token_id].text,
         }
         for token, rank in ranked
     }

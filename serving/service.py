@@ -133,7 +133,8 @@ class Service:
         Raises:
             MergerouteError: as serving would.
         """
-        assignments = await self.assign(body, context)
+        terms = terms_of(context, self.pressure.request_timeout_seconds)
+        assignments = await in_time(self.assign(body, context), terms)
         if len(assignments) > 1:
             raise ApiError("a preview takes one prompt at a time", param="prompt")
         return route_object(assignments[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,15 +34,21 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 NO_STATE = "none"
+_ORIGIN = re.compile(
+    r"(?!http://.*:80$|https://.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+)
+"""As browsers send it: in lower case, and without the port that the scheme has anyway."""
 
 
 class ServeSettings(BaseModel):
     """What is served, where and how. Paths in a file are relative to the file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     banks: tuple[str, ...] = Field((), description="bank folders; the first is the default")
-    backbone: str | None = Field(None, description="checkpoint folder or hub id, instead of a bank")
+    backbone: str | None = Field(
+        None, description="checkpoint folder or hub id, served as one more bank"
+    )
     modules: dict[str, str] = Field(default_factory=dict, description="LoRA folders by name")
     name: str = Field("adhoc", description="name of the bank made of backbone and modules")
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -110,6 +117,18 @@ class ServeSettings(BaseModel):
         from ..adapters.recipe import parse_size
 
         return None if value is None else parse_size(value)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if value != "*" and not _ORIGIN.fullmatch(value):
+                raise ValueError(
+                    f"{value!r} is no origin as browsers send it: write scheme://host or "
+                    "scheme://host:port in lower case, without a path or the scheme's usual port, "
+                    "or '*' for all"
+                )
+        return values
 
     @model_validator(mode="after")
     def _serves_something(self) -> ServeSettings:

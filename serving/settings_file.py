@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ..adapters.unique_yaml import load_yaml
 from .errors import SettingsError, UsageError
 from .settings import NO_STATE, ServeSettings
 
@@ -48,8 +49,8 @@ def read_settings(path: Path | None, overrides: Mapping[str, object]) -> ServeSe
 
 def _read_file(path: Path) -> dict[str, object]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{path} holds no settings: write 'banks: [path/to/bank]'")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class ConversationSettings(BaseModel):
     """How conversations are routed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mode: Literal["sticky", "each-turn"] = Field(
         "sticky", description="keep the blend, or let the last turn alone decide"
@@ -28,7 +28,7 @@ class ConversationSettings(BaseModel):
 class ModuleSourceSettings(BaseModel):
     """Where modules may come from at run time, beside the module roots."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     hub: bool = Field(False, description="whether lora_path may be a hub id: org/name or @revision")
     uploads: bool = Field(False, description="whether clients may send modules")

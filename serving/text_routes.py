@@ -14,14 +14,17 @@ from torch.nn.functional import normalize
 
 from ..adapters.errors import RequestError
 from ..runtime.types import GenerationRequest, SamplingParams
+from .access.checks import check_text
 from .access.limits import Limits
 from .access.permissions import resolve_for
 from .chat import chat_prompt, text_prompt
+from .context import Context
 from .errors import CLIENT_CLOSED, ApiError
 from .hosting import HostedBank
 from .schemas.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .service import Service
-from .validation import read_json, validate
+from .terms import Terms, in_time, terms_of
+from .validation import read_body
 
 MAX_EMBEDDED_TOKENS = 300_000
 """Of all inputs of one request, as at OpenAI."""
@@ -39,19 +42,40 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
     def hosted(request: Request, model: str) -> HostedBank:
         return resolve_for(request.state.caller, service.targets, model).hosted
 
+    def terms(request: Request) -> Terms:
+        context = Context(request.headers, request.state.caller, request.state.request_id)
+        return terms_of(context, service.pressure.request_timeout_seconds)
+
+    async def embedded(request: Request, hosted: HostedBank, group: list[TokenIds]) -> Tensor:
+        """One group, in its turn, which then ends; it is charged even where nobody waits for it."""
+        try:
+            found = await asyncio.to_thread(hosted.engine.embed, group)
+            if request.state.account:
+                request.state.account.charge(sum(map(len, group)))
+            return found
+        finally:
+            turn.release()
+
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = validate(await read_json(request), TokenizeRequest)
-        return await asyncio.to_thread(_tokenized, body, hosted(request, body.model))
+        body = await read_body(request, TokenizeRequest)
+        if body.messages is None:
+            check_text("prompt", len(body.prompt or ""), service.limits)
+        else:
+            characters = sum(len(message.text) for message in body.messages)
+            check_text("messages", characters, service.limits)
+        work = asyncio.to_thread(_tokenized, body, hosted(request, body.model))
+        return await in_time(work, terms(request))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:
-        body = validate(await read_json(request), DetokenizeRequest)
+        body = await read_body(request, DetokenizeRequest)
         return await asyncio.to_thread(_detokenized, body, hosted(request, body.model))
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> dict[str, Any]:
-        body = validate(await read_json(request), EmbeddingRequest)
+        body = await read_body(request, EmbeddingRequest)
+        until = terms(request)
         target = resolve_for(request.state.caller, service.targets, body.model)
         if target.blend:
             raise ApiError(
@@ -59,16 +83,15 @@ def add_text_routes(app: FastAPI, service: Service) -> None:
                 f"{target.hosted.bank.backbone.name!r}",
                 param="model",
             )
-        prompts = await asyncio.to_thread(_embeddable, body, target.hosted, service.limits)
+        work = asyncio.to_thread(_embeddable, body, target.hosted, service.limits)
+        prompts = await in_time(work, until)
         found: list[Tensor] = []
         for group in _groups(prompts):
             if await request.is_disconnected():
                 raise ApiError("the client closed the connection", status=CLIENT_CLOSED)
-            async with turn:
-                found += await asyncio.to_thread(target.hosted.engine.embed, group)
+            await in_time(turn.acquire(), until)
+            found += await in_time(asyncio.shield(embedded(request, target.hosted, group)), until)
         tokens = sum(map(len, prompts))
-        if request.state.account:
-            request.state.account.charge(tokens)
         request.state.record.embed(body.model, tokens)
         return _embedded(body, found, tokens)
 
@@ -104,12 +127,7 @@ def _embeddable(body: EmbeddingRequest, hosted: HostedBank, limits: Limits) -> l
     Raises:
         ApiError, RequestError: an input is empty or too long, or all together are.
     """
-    if (longest := max(map(len, body.inputs))) > limits.prompt_characters:
-        raise ApiError(
-            f"input holds {longest:,} characters, the limit is {limits.prompt_characters:,} "
-            "(limits.prompt_characters): ask for less at a time",
-            param="input",
-        )
+    check_text("input", max(map(len, body.inputs)), limits)
     _check_dimensions(body, hosted)
     prompts = [text_prompt(hosted.tokenizer, one).token_ids for one in body.inputs]
     try:

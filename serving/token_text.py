@@ -39,6 +39,18 @@ def token_text(tokenizer: Any, token_id: int) -> TokenText:  # noqa: ANN401 - tr
     return TokenText(text, None)
 
 
+class TokenTexts(dict[int, TokenText]):
+    """The tokens of one answer by id, each decoded once, when it is first asked for."""
+
+    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - transformers is untyped
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> TokenText:
+        self[token_id] = token_text(self._tokenizer, token_id)
+        return self[token_id]
+
+
 @cache
 def _byte_level_alphabet() -> dict[str, int]:
     """Character to byte, as GPT-2's byte-level tokenizer writes bytes: printable Latin-1 stands for

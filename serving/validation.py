@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -12,12 +12,16 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from ..adapters.errors import RequestError
+from .access.checks import check_messages
 from .access.limits import Limits
 from .errors import CLIENT_CLOSED, ApiError
 from .schemas.no_effect import without_no_effect
 
 _Body = TypeVar("_Body", bound=BaseModel)
+_Result = TypeVar("_Result")
 _SHOWN = 60
+_INLINE_BYTES = 64 << 10
+"""Of a body that is read on the event loop; a longer one would hold up every stream."""
 
 _RULES = {
     "missing": "is required",
@@ -46,7 +50,36 @@ async def read_json(request: Request) -> dict[str, Any]:
     Raises:
         ApiError: it is too large, no JSON object, or holds what is no text.
     """
+    return await _read_as(request, _parsed)
+
+
+async def read_body(
+    request: Request, kind: type[_Body], *, chat: type[_Body] | None = None
+) -> _Body:
+    """The body as its model. chat: of a body that holds messages, where that is another.
+
+    Raises:
+        ApiError: as `read_json` and `validate`; or it holds too many messages.
+    """
+    limits: Limits = request.state.limits
+
+    def validated(content: bytes) -> _Body:
+        document = _parsed(content)
+        check_messages(document.get("messages"), limits)
+        return validate(document, chat if chat and "messages" in document else kind)
+
+    return await _read_as(request, validated)
+
+
+async def _read_as(request: Request, understand: Callable[[bytes], _Result]) -> _Result:
+    """What a body says; a long one is understood off the event loop."""
     content = await _read(request)
+    if len(content) <= _INLINE_BYTES:
+        return understand(content)
+    return await asyncio.to_thread(understand, content)
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
     try:
         document = json.loads(content)
         json.dumps(document, ensure_ascii=False).encode()  # fails on a lone surrogate

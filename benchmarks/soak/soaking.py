@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -27,8 +28,9 @@ from .traffic import Question, Traffic, slow_transport
 ROOM = 5
 """Modules that fit in memory, of eight and those that come and go."""
 
-POOLS = 4
-"""Threads that pools may add after the first third: they start one when all others are busy."""
+POOLS = (os.cpu_count() or 1) + 8
+"""Threads that pools may add after the first third: they start one when all others are busy, and
+asyncio's own has four more than there are cores."""
 
 _PERIOD_S = 1.0
 _SETTLES_WITHIN_S = 20

@@ -17,7 +17,7 @@ def check_generation(body: GenerationBody, limits: Limits) -> None:
     if isinstance(body, ChatRequest):
         name, count = "messages", 1
         sizes = [sum(len(message.text) for message in body.messages)]
-        _check(len(body.messages), limits.messages, name, what="messages", setting="messages")
+        check_messages(body.messages, limits)
     else:
         name, count = "prompt", len(body.prompts)
         sizes = [len(prompt) for prompt in body.prompts]
@@ -26,6 +26,26 @@ def check_generation(body: GenerationBody, limits: Limits) -> None:
     _check(count * body.n, limits.choices, "n", what="choices", setting="choices")
     _check(len(body.stop), limits.stops, "stop", what="stop texts", setting="stops")
     _check(max(sizes), most, name, what="characters", setting="prompt_characters")
+
+
+def check_messages(messages: object, limits: Limits) -> None:
+    """Refuse too many messages, before they are looked at: each is compared with every shape.
+
+    Raises:
+        ApiError: it says how many they are.
+    """
+    if isinstance(messages, (list, tuple)):
+        most = limits.messages
+        _check(len(messages), most, "messages", what="messages", setting="messages")
+
+
+def check_text(name: str, longest: int, limits: Limits) -> None:
+    """Refuse a text that would take too long to tokenize. longest: in characters.
+
+    Raises:
+        ApiError: it says how long it is.
+    """
+    _check(longest, limits.prompt_characters, name, what="characters", setting="prompt_characters")
 
 
 def check_load(body: LoadModuleRequest, limits: Limits) -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Limits(BaseModel):
     """What a request may hold at most; the engine has limits of its own, on tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     body_bytes: int = Field(4 << 20, ge=1024, description="bytes of a JSON body")
     body_seconds: float = Field(30, gt=0, description="time for a body to arrive in")

@@ -85,19 +85,10 @@ def _is_allowed(allowed: frozenset[str], targets: Targets, target: Target, model
         return model == AUTO and AUTO in allowed
     if not target.blend:
         return bank.backbone.name in allowed
-    return all((bank.name, module) in _modules(allowed, targets) for module in target.blend)
-
-
-def _modules(allowed: frozenset[str], targets: Targets) -> set[tuple[str, str]]:
-    """Bank and name of every module that these names, bare or as `bank:module`, stand for now."""
-    found = set()
-    for name in allowed:
-        try:
-            target = targets.module(name)
-        except UnknownTargetError:  # not loaded, ambiguous, or no module
-            continue
-        found.add((target.hosted.bank.name, name.rpartition(":")[2]))
-    return found
+    return all(
+        f"{bank.name}:{module}" in allowed or targets.full_name(module, target.hosted) in allowed
+        for module in target.blend
+    )
 
 
 def _not_allowed(caller: Caller, model: str) -> ApiError:

@@ -26,30 +26,32 @@ class Allowance:
 
 
 class Window:
-    """A moving window of a minute, in buckets of a second that count until they are wholly out of
-    it: never more in any minute than was let in, freed at most a second late.
+    """A moving window of a minute, in buckets of a second that count until the last that came into
+    them is out of it: never more in any minute than was let in, freed at most a second late, and
+    never later than a minute from now.
 
     Its clock never goes back, unlike that of the `limits` library (5.8, memory storage: time.time):
     a jump of the wall clock neither locks a key out nor lets it through.
     """
 
     def __init__(self) -> None:
-        self._used: dict[int, int] = {}  # by second, the oldest first
+        self._used: dict[int, tuple[int, float]] = {}  # amount and last time, the oldest first
 
     def add(self, amount: int, now: float) -> None:
         """Count what was used."""
         second = math.floor(now)
-        self._used[second] = self._used.get(second, 0) + amount
+        before, _ = self._used.get(second, (0, now))
+        self._used[second] = (before + amount, now)
 
     def look(self, limit: int, now: float) -> Allowance:
         """What is left of a limit."""
-        self._used = {s: amount for s, amount in self._used.items() if _end(s) > now}
-        left = retry = 0
-        for second in reversed(self._used):
-            left += self._used[second]
+        self._used = {s: used for s, used in self._used.items() if now - used[1] < WINDOW_S}
+        left = retry = reset = 0
+        for amount, moment in reversed(self._used.values()):
+            wait = math.ceil(WINDOW_S - (now - moment))
+            left, reset = left + amount, max(reset, wait)
             if left >= limit and not retry:
-                retry = _seconds_until(_end(second), now)
-        reset = _seconds_until(_end(next(reversed(self._used))), now) if self._used else 0
+                retry = wait
         return Allowance(limit, max(0, limit - left), reset, retry)
 
 
@@ -102,12 +104,3 @@ def headers(allowances: dict[str, Allowance]) -> Iterator[tuple[str, str]]:
         yield f"x-ratelimit-limit-{name}", str(allowance.limit)
         yield f"x-ratelimit-remaining-{name}", str(allowance.remaining)
         yield f"x-ratelimit-reset-{name}", f"{allowance.reset_s}s"
-
-
-def _end(second: int) -> int:
-    """When a bucket is wholly out of the window."""
-    return second + 1 + WINDOW_S
-
-
-def _seconds_until(moment: int, now: float) -> int:
-    return max(1, math.ceil(moment - now))

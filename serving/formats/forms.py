@@ -51,13 +51,20 @@ def form_of(
     form = Form(grammar)
     if isinstance(body, ToolFields) and body.offered:
         form = _calling(body, grammar, _syntax(tokenizer, parser))
-    if form.grammar and getattr(body, "ignore_eos", False):
-        raise RequestError(
-            f"ignore_eos cannot go with {form.grammar.parameter}: the answer ends when its form "
-            "is complete; leave it out",
-            parameter="ignore_eos",
-        )
+    if form.grammar:
+        _check_end(body, form.grammar)
     return form
+
+
+def _check_end(body: StructuredFields, grammar: Grammar) -> None:
+    """Refuse what would have the answer go on where its form is complete."""
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(body, name, None):
+            raise RequestError(
+                f"{name} cannot go with {grammar.parameter}: the answer ends when its form is "
+                "complete; leave it out",
+                parameter=name,
+            )
 
 
 def _calling(body: ToolFields, grammar: Grammar | None, syntax: CallSyntax) -> Form:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...adapters.errors import RequestError
 
@@ -27,10 +27,26 @@ class Function(_Field):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @field_validator("parameters")
+    @classmethod
+    def _are_of_an_object(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        stated = (given or {}).get("type", "object")
+        if stated != "object":
+            raise ValueError(
+                f"a function's parameters have type 'object', not {stated!r}: arguments go by "
+                "their names, so make this a property of an object"
+            )
+        return given
+
+    @property
+    def schema_as_told(self) -> dict[str, Any]:
+        """What the model is told of the arguments."""
+        return _NO_PARAMETERS if self.parameters is None else self.parameters
+
     @property
     def schema_of_arguments(self) -> dict[str, Any]:
-        """What the arguments follow."""
-        return _NO_PARAMETERS if self.parameters is None else self.parameters
+        """What the arguments follow: an object even where the schema does not say so."""
+        return {**self.schema_as_told, "type": "object"}
 
 
 class Tool(_Field):
@@ -43,7 +59,7 @@ class Tool(_Field):
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it."""
         described = {"description": self.function.description} if self.function.description else {}
-        parameters = self.function.schema_of_arguments
+        parameters = self.function.schema_as_told
         function = {"name": self.function.name, **described, "parameters": parameters}
         return {"type": self.type, "function": function}
 

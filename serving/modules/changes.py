@@ -35,9 +35,9 @@ class Change:
     """What a load or an unload comes to.
 
     targets: what can be asked for afterwards. state: what is to be kept of it.
-    retired: digest that nothing names any more, and the bank whose engine holds it; its load is
-    undone once the targets are in place. added: one that was registered, which is undone if they
-    never are. basis: what the router goes by, in a sentence.
+    retired: name of a module that went, and the bank that had it; its registration is undone once
+    the targets are in place. added: one that was registered, which is undone if they never are.
+    basis: what the router goes by, in a sentence.
     """
 
     targets: Targets
@@ -113,7 +113,7 @@ def unload(targets: Targets, state: State, body: UnloadModuleRequest) -> Change:
         targets.replacing(host, after),
         state.replacing(state.of(host).changed(change, generation=generation)),
         generation,
-        retired=(host, host.digests[name]),
+        retired=(host, name),
     )
 
 
@@ -132,7 +132,7 @@ class Introduced:
 
     def into(self, state: State) -> Change:
         """As a change of targets and state."""
-        added = (self.host, str(self.change.digest))
+        added = (self.host, self.change.name)
         return Change(self.targets, state, retired=self.retired, added=added)
 
 
@@ -160,18 +160,17 @@ def introduced(
             samples=change.samples,
         )
         card = Card(entry.name, _samples(host, entry.samples), _described(host, entry.description))
-        after = host.with_module(entry, digest, card)
+        after = host.with_module(entry, digest, card, read=read)
         after.check_router()
-        before = host.digests.get(entry.name)
         return Introduced(
             targets.replacing(host, after),
             after,
             change,
             card,
-            (host, before) if before else None,
+            (host, entry.name) if entry.name in host.digests else None,
         )
     except BaseException:
-        host.residency.unregister(digest)
+        host.residency.unregister(digest, read)
         raise
 
 
@@ -235,7 +234,7 @@ def _basis_or_undone(before: HostedBank, loaded: Introduced) -> str:
     try:
         return _basis(before, loaded)
     except BaseException:
-        before.residency.unregister(str(loaded.change.digest))
+        loaded.host.release(loaded.change.name)
         raise
 
 

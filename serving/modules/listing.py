@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,18 +16,7 @@ from .state import ModuleChange, State
 
 def module_entries(targets: Targets, state: State) -> list[dict[str, Any]]:
     """Every module, and every one that could not be brought back after a restart."""
-    entries = []
-    for host in targets.hosted:
-        told = state.of(host)
-        for module in host.bank.modules:
-            with suppress(UnknownModuleError):  # it is being taken away
-                entries.append(_served(targets, host, module, state))
-        entries += [
-            _missing(host, change, told.generations.get(change.name, 0))
-            for change in told.changes
-            if change.error is not None and change.name not in host.digests
-        ]
-    return entries
+    return [entry for host in targets.hosted for entry in _entries(targets, host, state)]
 
 
 def module_entry(targets: Targets, state: State, name: str) -> dict[str, Any]:
@@ -35,9 +25,12 @@ def module_entry(targets: Targets, state: State, name: str) -> dict[str, Any]:
     Raises:
         ApiError: there is none.
     """
-    for entry in module_entries(targets, state):
-        if name in (entry["id"], f"{entry['bank']}:{entry['name']}"):
-            return entry
+    bank, _, bare = name.rpartition(":")
+    for host in targets.hosted:
+        if bank in ("", host.bank.name):
+            for entry in _entries(targets, host, state, only=bare):
+                if name in (entry["id"], f"{entry['bank']}:{entry['name']}"):
+                    return entry
     raise ApiError(
         f"The lora adapter '{name}' cannot be found.",
         status=404,
@@ -46,9 +39,30 @@ def module_entry(targets: Targets, state: State, name: str) -> dict[str, Any]:
     )
 
 
-def _served(targets: Targets, host: HostedBank, module: BankModule, state: State) -> dict[str, Any]:
+def _entries(
+    targets: Targets, host: HostedBank, state: State, *, only: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Of a bank's modules, or of one name alone."""
+    changes = {c.name: c for c in state.of(host).changes if only in (None, c.name)}
+    generations = state.generations(host)
+    for module in host.bank.modules:
+        if only in (None, module.name):
+            with suppress(UnknownModuleError):  # it is being taken away
+                change, generation = changes.get(module.name), generations[module.name]
+                yield _served(targets, host, module, change, generation)
+    for name, change in changes.items():
+        if change.error is not None and name not in host.digests:
+            yield _missing(host, change, generations[name])
+
+
+def _served(
+    targets: Targets,
+    host: HostedBank,
+    module: BankModule,
+    change: ModuleChange | None,
+    generation: int,
+) -> dict[str, Any]:
     digest = host.digests[module.name]
-    told = state.of(host).change(module.name)
     info = host.residency.info(digest)
     return {
         "id": targets.full_name(module.name, host),
@@ -61,14 +75,14 @@ def _served(targets: Targets, host: HostedBank, module: BankModule, state: State
         "rank": info.rank,
         "bytes": info.bytes,
         "digest": digest,
-        "generation": state.generation(host, module.name),
+        "generation": generation,
         "hits": info.hits,
         "cold_loads": info.cold_loads,
         "last_used": info.last_used or None,
         "description": module.description,
         "samples": len(module.samples),
         "path": str(module.path),
-        "error": info.error or (told.error if told else None),
+        "error": info.error or (change.error if change else None),
     }
 
 

@@ -51,7 +51,8 @@ class LiveModules:
             MergerouteError: it cannot be loaded; nothing has changed.
         """
         check_load(body, self.sources.limits)
-        await self._run(self._downloads, lambda: self.sources.download(body.lora_path))
+        if await asyncio.to_thread(self.sources.is_on_hub, body.lora_path):
+            await self._run(self._downloads, lambda: self.sources.download(body.lora_path))
         return await self._change(lambda t, state: changes.load(t, state, body, self.sources))
 
     async def unload(self, body: UnloadModuleRequest) -> Change:
@@ -106,5 +107,5 @@ class LiveModules:
 
 def _unregister(loaded: tuple[HostedBank, str] | None) -> None:
     if loaded:
-        host, digest = loaded
-        host.residency.unregister(digest)
+        host, name = loaded
+        host.release(name)

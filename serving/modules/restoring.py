@@ -59,14 +59,14 @@ def _made(targets: Targets, host: HostedBank, change: ModuleChange, sources: Sou
     folder = sources.folder(change.path, name=change.name)
     loaded = introduced(targets, host, change.model_copy(update={"path": str(folder)}))
     if loaded.retired:
-        loaded.host.residency.unregister(loaded.retired[1])
+        host.release(change.name)
     return loaded.targets
 
 
 def _without(targets: Targets, host: HostedBank, name: str) -> Targets:
     after = host.without_module(name)
     after.check_router()
-    host.residency.unregister(host.digests[name])
+    host.release(name)
     return targets.replacing(host, after)
 
 

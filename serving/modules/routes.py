@@ -16,7 +16,7 @@ from .changes import InvalidUserInput
 from .schemas import LoadModuleRequest, UnloadModuleRequest
 from .uploads import receive
 
-_VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError"}
+_VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError", 409: "BadRequestError"}
 _GENERATION = "x-mergeroute-generation"
 
 
@@ -58,8 +58,8 @@ def add_module_routes(app: FastAPI, service: Service) -> None:
     async def upload(request: Request) -> dict[str, Any]:
         if service.modules.sources.uploads is None:
             raise ApiError(
-                "this server takes no uploads: set 'uploads: true' in serve.yaml, with a state "
-                "folder to keep them in",
+                "this server takes no uploads: set 'module_sources: {uploads: true}' in "
+                "serve.yaml, with a state folder to keep them in",
                 status=403,
                 code="uploads_disabled",
             )

@@ -21,12 +21,13 @@ from .paths import FILES
 
 _MAX_CONFIG_BYTES = 1 << 20
 _HEADER_BYTES_PER_TENSOR = 1 << 10
-_MAX_PATTERNS = 4096
+_MAX_PATTERNS = 256  # of each kind, so that all stay in the cache of `re`
 _MAX_PATTERN = 1000
 _MAX_TENSOR_NAME = 512
 _QUANTIFIER = re.compile(r"(?<!\\)[*+?{]")
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
-_MAX_GROUPS = 2
+_MAX_GROUPS = 16
+_MAX_WAYS = 10_000
 
 
 _Count = Annotated[int, Field(ge=0)]
@@ -95,7 +96,8 @@ def _check_config(file: BinaryIO, size: int) -> None:
         if not all(map(_ends, patterns)):
             raise _invalid(
                 f"{CONFIG_FILE}: a pattern in {key} has several of * + ? {{, one behind a group, "
-                f"over {_MAX_GROUPS} groups or {_MAX_PATTERN:,} characters: write layers' names"
+                f"over {_MAX_GROUPS} groups, {_MAX_WAYS:,} combinations of alternatives or "
+                f"{_MAX_PATTERN:,} characters: write layers' names"
             )
 
 
@@ -106,7 +108,13 @@ def _ends(pattern: str) -> bool:
         and len(_QUANTIFIER.findall(pattern)) <= 1
         and not _REPEATED_GROUP.search(pattern)
         and pattern.count("(") <= _MAX_GROUPS
+        and _ways(pattern) <= _MAX_WAYS
     )
+
+
+def _ways(pattern: str) -> int:
+    """At least the number of ways to choose one alternative in every group."""
+    return math.prod(1 + part.count("|") for part in re.split("[()]", pattern))
 
 
 def _header(name: str, file: BinaryIO, size: int, limits: Limits) -> dict[str, Any]:

@@ -42,15 +42,19 @@ class Sources:
         check_sizes(folder, self.limits)
         return folder
 
+    def is_on_hub(self, path: str) -> bool:
+        """Whether it is a hub id that may be named, and no folder under a root."""
+        is_id = self.hub and _HUB_ID.fullmatch(path) is not None
+        return is_id and not any((root / path).is_dir() for root in self.roots)
+
     def download(self, path: str) -> None:
-        """Where it is a hub id that may be named, have its files in the hub's cache.
+        """Have the files of a hub id in the hub's cache.
 
         Raises:
             ApiError: there is no such thing on the hub, it is too large, or the hub cannot be
                 reached and the cache lacks it.
         """
-        asked = _HUB_ID.fullmatch(path)
-        if self.hub and asked and not any((root / path).is_dir() for root in self.roots):
+        if asked := _HUB_ID.fullmatch(path):
             _download(asked["repo"], asked["revision"], self.limits)
 
     @property

@@ -87,11 +87,16 @@ class State(_Kept):
         came_with_bank = int(any(module.name == name for module in host.opened.modules))
         return self.of(host).generations.get(name, came_with_bank)
 
+    def generations(self, host: HostedBank) -> dict[str, int]:
+        """Of what has each name now, or should."""
+        told = self.of(host)
+        highest = {module.name: 1 for module in host.opened.modules} | told.generations
+        failed = (change.name for change in told.changes if change.error is not None)
+        return {name: highest.get(name, 0) for name in (*host.digests, *failed)}
+
     def generation(self, host: HostedBank, name: str) -> int:
         """Of what has the name now, or should; 0: nothing has."""
-        told = self.of(host).change(name)
-        is_there = name in host.digests or (told is not None and told.error is not None)
-        return self.last_generation(host, name) if is_there else 0
+        return self.generations(host).get(name, 0)
 
 
 class StateFolder:

@@ -36,8 +36,8 @@ class ChatShape(BaseShape):
             }
             for p in progress
         ]
-        told = {"choices": choices, "usage": usage(progress), **prompt_fields(progress[0].choice)}
-        return {**self._head(self.kind), **told}
+        told = {"choices": choices, "usage": usage(progress)}
+        return {**self._head(self.kind), **told, **prompt_fields(progress[0].choice, self._texts)}
 
     def opening(self, choice: Choice) -> dict[str, Any]:
         """The chunk that names the role."""

@@ -31,7 +31,8 @@ class CompletionShape(BaseShape):
             text = self._echo(p.choice) + p.text
             logprobs = self._logprobs(p.logprobs, p.choice, echoes=_echoes(p.choice))
             choice = _text_choice(p.choice, text, logprobs, p.finish_reason)
-            choices.append({**choice, **token_ids_field(p), **prompt_fields(p.choice)})
+            asked = token_ids_field(p) | prompt_fields(p.choice, self._texts)
+            choices.append({**choice, **asked})
         return {**self._head(self.kind), "choices": choices, "usage": usage(progress)}
 
     def chunk(self, choice: Choice, event: TokenEvent) -> dict[str, Any] | None:

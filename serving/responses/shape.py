@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from ...runtime.types import TokenEvent
 from ..choices import Choice
-from ..token_text import TokenText, token_text
+from ..token_text import TokenText, TokenTexts
 from .progress import Progress, usage
 
 
@@ -43,6 +43,7 @@ class BaseShape:
     def __init__(self, *, model: str, choices: Sequence[Choice], includes_usage: bool) -> None:
         self._hosted = choices[0].assignment.hosted
         self._includes_usage = includes_usage
+        self._texts = TokenTexts(self._hosted.tokenizer)
         self._common = {
             "id": f"{self.id_prefix}-{uuid4().hex}",
             "created": int(time.time()),
@@ -65,7 +66,7 @@ class BaseShape:
         return {**chunk, "usage": None} if self._includes_usage else chunk
 
     def _token(self, token_id: int) -> TokenText:
-        return token_text(self._hosted.tokenizer, token_id)
+        return self._texts[token_id]
 
     def _name(self, token_id: int, choice: Choice) -> str:
         """How logprobs write a token."""

@@ -10,6 +10,8 @@ from ...adapters.errors import RequestError
 from ..formats.tools import MAX_TOOLS, ToolCall
 from .body import Body
 
+_OURS = {"add_generation_prompt", "continue_final_message", "messages", "self", "tools"}
+
 
 class TextPart(Body):
     """One part of a message; only text is supported."""
@@ -67,6 +69,16 @@ class TemplateFields(Body):
             raise RequestError(
                 "an answer is opened or the final message continued, not both: leave one out",
                 parameter="continue_final_message",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_ours_alone(self) -> TemplateFields:
+        if taken := sorted(_OURS & self.chat_template_kwargs.keys()):
+            raise RequestError(
+                f"chat_template_kwargs may not hold {taken[0]!r}, which the server fills in: "
+                "leave it out, or use the field of that name",
+                parameter="chat_template_kwargs",
             )
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from mergeroute.adapters.errors import RequestError
 from mergeroute.runtime.grammar import MAX_GRAMMAR_BYTES, Grammars, allowed_tokens
 from mergeroute.runtime.loading import end_tokens
 from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.sampling import SamplingState, sample
 from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import (
     FinishReason,
@@ -197,7 +199,10 @@ def test_special_tokens_and_ids_of_no_token_never_come() -> None:
         (json_grammar({"$ref": "http://127.0.0.1/x"}), "not present"),
         (json_grammar({"enum": []}), "Unsatisfiable"),
         (json_grammar({"not": {}, "x-guidance": {"lenient": True}}), "Unimplemented"),
-        (regex_grammar("(a"), "regex"),
+        (regex_grammar("(a"), "regex parse error: unclosed group"),
+        (json_grammar({"type": "string", "pattern": "a)"}), "error: unopened group"),
+        (regex_grammar(r"a[^\s\S]"), "nothing can match it"),
+        ("start: start", "nothing can match it"),
         ("start: nobody", "nobody"),
         (f"start: {'(' * 5000}", "nested"),
         (regex_grammar("(a{1000}){1000}"), "too many"),
@@ -211,6 +216,34 @@ def test_a_form_that_cannot_be_kept_is_refused_before_it_runs(
         engine.prepare_grammar(Grammar(text, "response_format"))
     assert words in str(refused.value)
     assert refused.value.parameter == "response_format"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_with_nothing_left_to_draw_fails_alone(temperature: float) -> None:
+    form = Grammar(choice_grammar(["ab"]), "guided_choice")
+    constraint = Grammars(TOKENIZER, frozenset([END])).constraint(form)
+    logits = torch.zeros(2, VOCABULARY)
+    logits[0, allowed_tokens([constraint], logits[:1])[0]] = -torch.inf
+    params = SamplingParams(temperature=temperature)
+    states = [SamplingState(params, [1], 1, constraint=one) for one in (constraint, None)]
+    held, free = sample(logits, states)
+    assert held is None
+    assert free is not None
+
+
+def test_a_grammar_at_fault_is_refused_at_once_the_second_time() -> None:
+    grammars = Grammars(TOKENIZER, frozenset([END]))
+    text = regex_grammar("(a{1000}){1000}")
+    faults, seconds = [], []
+    for parameter in ("guided_regex", "structured_outputs"):
+        begun = time.perf_counter()
+        with pytest.raises(RequestError) as refused:
+            grammars.constraint(Grammar(text, parameter))
+        seconds.append(time.perf_counter() - begun)
+        faults.append(str(refused.value).split(" ", 1))
+    assert [name for name, _ in faults] == ["guided_regex", "structured_outputs"]
+    assert faults[0][1] == faults[1][1]
+    assert seconds[1] < seconds[0] / 3
 
 
 def test_tokenizers_that_cannot_be_constrained_are_refused() -> None:

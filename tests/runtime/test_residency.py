@@ -385,16 +385,17 @@ def test_one_taken_away_runs_on_for_who_has_it_and_is_unknown_to_who_waits() -> 
         await asyncio.sleep(0.02)
         waits = asyncio.ensure_future(tokens(residency, digests, Blend({"m1": 1.0})))
         await asyncio.sleep(0)
-        await asyncio.to_thread(residency.unregister, digests["m1"])
-        await asyncio.to_thread(residency.unregister, digests["m0"])
+        for name in ("m1", "m0"):
+            await asyncio.to_thread(residency.unregister, digests[name], sources[name])
         with pytest.raises(UnknownModuleError):
             await waits
         with pytest.raises(UnknownModuleError):
             await tokens(residency, digests, Blend({"m0": 1.0}))
         assert await running == expected
 
+    sources = {name: partial(MODULES.__getitem__, name) for name in ("m0", "m1")}
     with resident(room=1) as residency:
-        digests = register(residency, "m0", "m1")
+        digests = {n: residency.register(MODULES[n], read) for n, read in sources.items()}
         asyncio.run(run(residency, digests))
         with pytest.raises(UnknownModuleError):
             residency.info(digests["m0"])
@@ -406,17 +407,54 @@ def test_registrations_are_counted_and_the_newest_files_count() -> None:
     def gone() -> Module:
         raise ModuleError("gone")
 
+    def here() -> Module:
+        return MODULES["m0"]
+
     with resident(room=1) as residency:
         digest = residency.register(MODULES["m0"], gone)
-        residency.register(MODULES["m0"], lambda: MODULES["m0"])
+        residency.register(MODULES["m0"], here)
         digests = {"m0": digest} | register(residency, "m1")
         for name in ("m1", "m0"):
             asyncio.run(tokens(residency, digests, Blend({name: 1.0})))
-        residency.unregister(digest)
-        asyncio.run(tokens(residency, digests, Blend({"m0": 1.0})))
-        residency.unregister(digest)
+        residency.unregister(digest, gone)
         with pytest.raises(UnknownModuleError):
-            residency.unregister(digest)
+            residency.unregister(digest, gone)
+        asyncio.run(tokens(residency, digests, Blend({"m0": 1.0})))
+        residency.unregister(digest, here)
+        with pytest.raises(UnknownModuleError):
+            residency.unregister(digest, here)
+
+
+def test_later_registrations_that_went_leave_the_first_ones_files() -> None:
+    def gone() -> Module:
+        raise ModuleError("gone")
+
+    with resident(room=1) as residency:
+        digests = register(residency, "m0", "m1")
+        for _ in range(2):
+            residency.register(MODULES["m0"], gone)
+            residency.unregister(digests["m0"], gone)
+        for name in ("m1", "m0"):
+            asyncio.run(tokens(residency, digests, Blend({name: 1.0})))
+
+
+def test_a_pin_lasts_as_long_as_its_registration() -> None:
+    def read() -> Module:
+        return MODULES["m0"]
+
+    async def hold(residency: Residency, digests: Collection[str]) -> None:
+        async with residency.hold(digests):
+            pass
+
+    with resident(room=2) as residency:
+        digests = register(residency, "m0", "m1", "m2")
+        residency.register(MODULES["m0"], read, is_pinned=True)
+        with pytest.raises(RequestError, match="pinned"):
+            asyncio.run(hold(residency, [digests["m1"], digests["m2"]]))
+        residency.unregister(digests["m0"], read)
+        assert not residency.info(digests["m0"]).is_pinned
+        asyncio.run(hold(residency, [digests["m1"], digests["m2"]]))
+        assert there(residency, digests) == ["m1", "m2"]
 
 
 def test_who_waits_when_the_engine_stops_is_told() -> None:
@@ -452,7 +490,11 @@ def test_complaint_07_memory_is_flat_over_a_thousand_loads() -> None:
 
     def cycle(residency: Residency, number: int) -> None:
         module = modules[number % len(modules)]
-        digest = residency.register(module, lambda: module)
+
+        def read() -> Module:
+            return module
+
+        digest = residency.register(module, read)
         others: Collection[str] = (kept["m0"], kept["m1"])
         if number % 10 == 0:
             gate = TokenGate(TokenRouting("arrow"), (digest, kept["m0"]))
@@ -462,7 +504,7 @@ def test_complaint_07_memory_is_flat_over_a_thousand_loads() -> None:
         with residency.hold_now(others):
             if number % 10 == 0:
                 residency.engine.prepare_gate(gate)
-        residency.unregister(digest)
+        residency.unregister(digest, read)
 
     with resident(room=2) as residency:
         kept = register(residency, "m0", "m1")

@@ -166,6 +166,16 @@ def test_a_budget_that_no_module_fits_is_an_error(bank_path: Path) -> None:
     assert ("error", True) in [(lv, "module_memory" in t) for lv, t in told(findings, "module")]
 
 
+@pytest.mark.parametrize("field", ["pinned_modules", "prefetch_modules"])
+def test_a_name_that_no_bank_has_is_an_error(bank_path: Path, field: str) -> None:
+    findings = fast(banks=[str(bank_path)], module_memory=10**9, **{field: ["nope"]})
+    ((level, text),) = told(findings, "modules")
+    assert level == "error"
+    assert "'nope'" in text
+    known = fast(banks=[str(bank_path)], module_memory=10**9, **{field: ["upper", "zoo:upper"]})
+    assert told(known, "modules") == []
+
+
 def test_a_router_of_another_backbone_is_an_error(bank_path: Path, tmp_path: Path) -> None:
     from mergeroute.serving.doctor_bank import check_bank
 

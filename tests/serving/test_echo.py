@@ -178,6 +178,6 @@ def test_a_full_batch_is_scored(served: Served) -> None:
 def test_more_scores_than_can_be_held_are_refused(served: Served, asked: dict[str, Any]) -> None:
     body = validate({"prompt": "x", "n": 8, **asked}, CompletionRequest)
     prompt = Prompt((1,) * 50_000, tuple)
-    with pytest.raises(ApiError, match="the limit is 2,097,152") as caught:
+    with pytest.raises(ApiError, match="the limit is 262,144") as caught:
         check_scores(body, [prompt], served.service.hosted[0])
     assert caught.value.param == next(iter(asked))

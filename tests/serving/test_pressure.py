@@ -214,6 +214,15 @@ def test_health_follows_the_watchdog_and_recovers(url: str, engine: TorchEngine)
     wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
 
 
+@pytest.mark.parametrize("path", ["/live", "/ready", "/health"])
+def test_a_probe_by_a_wrong_method_is_told_of_both(url: str, path: str) -> None:
+    refused = httpx.post(f"{url}{path}")
+    assert refused.status_code == 405
+    assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
+    head = httpx.head(f"{url}{path}")
+    assert (head.status_code, head.content) == (200, b"")
+
+
 def test_a_dead_engine_is_not_ready_and_the_process_alive(bank: Bank) -> None:
     made = Service(host_banks([bank], Placement(dtype="float32")))
     with running(made) as address:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +20,15 @@ from mergeroute.adapters.errors import UnknownTargetError
 from mergeroute.runtime.module_stack import ModuleStack
 from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.residency import Residency
+from mergeroute.serving import choices
+from mergeroute.serving.assigning import Assignment
 from mergeroute.serving.errors import SettingsError, UsageError
 from mergeroute.serving.hosting import Placement, host_banks
+from mergeroute.serving.schemas.completions import CompletionRequest
 from mergeroute.serving.service import Service, ServiceOptions
 from mergeroute.serving.settings import ServeSettings
 from mergeroute.serving.settings_file import read_settings
+from mergeroute.serving.terms import NO_TERMS
 
 from ..tiny import make_model, make_module, make_prompt, make_tokenizer, reference_tokens
 from .conftest import running
@@ -111,6 +117,35 @@ def test_several_prompts_get_their_modules_one_after_the_other(tight: Tight) -> 
     body = {"model": "blend:m4=1,m5=1", "prompt": [list(PROMPT)] * 3, "n": 2, "max_tokens": 2}
     response = httpx.post(tight.url + "/v1/completions", json=body, timeout=60)
     assert [choice["index"] for choice in response.json()["choices"]] == list(range(6))
+
+
+def test_one_cancelled_again_and_again_leaves_nothing_running(tight: Tight) -> None:
+    async def assigned(model: str) -> tuple[CompletionRequest, list[Assignment]]:
+        body = CompletionRequest(model=model, prompt=list(PROMPT), max_tokens=50, ignore_eos=True)
+        return body, await tight.service.assign(body)
+
+    async def run() -> None:
+        _, cold = await assigned("blend:m2=1,m3=1")
+        body, warm = await assigned("m1")
+        async with tight.residency.hold([tight.service.hosted[0].digests["m0"]]):
+            task = asyncio.ensure_future(choices.start(body, [*warm * 8, *cold], NO_TERMS))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            while not task.done():
+                await asyncio.sleep(0)
+                task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.01)  # the loop of a server goes on
+
+    asyncio.run(run())
+    engine = tight.service.hosted[0].engine
+    deadline = time.monotonic() + 10
+    while engine.stats().running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not engine.stats().running
+    assert engine.stats().generated_tokens < 8 * 50
+    assert tight.residency.stats().waiting == 0
 
 
 def test_a_blend_that_never_fits_is_400_and_says_how_much_there_is(tight: Tight) -> None:

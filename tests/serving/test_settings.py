@@ -61,3 +61,49 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 def test_a_bad_value_is_refused_by_name(tmp_path: Path, said: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         read_settings(write(tmp_path, f"conversations: {said}"), {})
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "app.example",
+        "https://app.example/",
+        "https://App.example",
+        "https://app.example:443",
+        "https://a b",
+        "null",
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(tmp_path: Path, origin: str) -> None:
+    with pytest.raises(SettingsError, match=r"cors_origins: .*scheme://host"):
+        read_settings(write(tmp_path, f"cors_origins: ['{origin}']"), {})
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "https://app.example", "http://localhost:3000", "http://[::1]:8080"]
+)
+def test_an_origin_is_taken_as_it_is(tmp_path: Path, origin: str) -> None:
+    settings = read_settings(write(tmp_path, f"cors_origins: ['{origin}']"), {})
+    assert settings.cors_origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("pressure", "watchdog_seconds"),
+        ("limits", "body_seconds"),
+        ("conversations", "idle_minutes"),
+    ],
+)
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_number_without_end_is_refused(
+    tmp_path: Path, section: str, key: str, value: str
+) -> None:
+    with pytest.raises(SettingsError, match=rf"{section}\.{key} is (inf|nan): .*finite"):
+        read_settings(write(tmp_path, f"{section}: {{{key}: {value}}}"), {})
+
+
+@pytest.mark.parametrize("text", ["port: 1\nport: 2", "limits: {stops: 1, stops: 2}"])
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SettingsError, match=r"serve.yaml cannot be read: .*twice: keep one"):
+        read_settings(write(tmp_path, text), {})

@@ -155,3 +155,26 @@ def test_bad_tokens_are_refused_by_name(
 def test_the_client_raises_its_own_errors(served: Served) -> None:
     with pytest.raises(openai.NotFoundError, match="nobody"):
         served.client().embeddings.create(model="nobody", input="x")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x"}),
+        ("/v1/embeddings", {"input": "x"}),
+        ("/v1/route", {"prompt": "x"}),
+    ],
+)
+def test_their_time_is_limited_too(served: Served, path: str, body: dict[str, str]) -> None:
+    headers = {"x-mergeroute-timeout": "1e-9"}
+    answer = httpx.post(served.url + path, json=body, headers=headers, timeout=30)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "timeout"
+    assert post(served, path, **body).status_code == 200  # no turn was lost
+
+
+def test_a_long_body_is_read_as_a_short_one(served: Served) -> None:
+    padding = {"user": "x" * 100_000}
+    assert post(served, "/v1/embeddings", input="x", **padding).status_code == 200
+    refused = post(served, "/v1/embeddings", input=[], **padding)
+    assert refused.json()["error"]["param"] == "input"

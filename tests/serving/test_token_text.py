@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeroute.serving.token_text import TokenText, token_text
+from mergeroute.serving.token_text import TokenText, TokenTexts, token_text
 
 from ..tiny import make_tokenizer
 
@@ -24,3 +24,10 @@ def test_parts_of_characters_are_told_apart() -> None:
     assert first == TokenText("\ufffd", b"\xc3")
     assert (first.unique_text, second.unique_text) == ("bytes:\\xc3", "bytes:\\xbc")
     assert token_text(TOKENIZER, TOKENIZER("x")["input_ids"][0]).unique_text == "x"
+
+
+def test_an_answer_decodes_each_token_once() -> None:
+    texts = TokenTexts(TOKENIZER)
+    assert texts[65] == token_text(TOKENIZER, 65)
+    assert texts[65] is texts[65]
+    assert list(texts) == [65]

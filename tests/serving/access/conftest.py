@@ -65,6 +65,7 @@ KEYS: dict[str, dict[str, object]] = {
     "later": {"targets": ["later"]},
     "slow": {"requests_per_minute": 2},
     "short": {"tokens_per_minute": 10},
+    "embeds": {"tokens_per_minute": 5000},
 }
 
 

@@ -202,6 +202,13 @@ def test_tokens_are_charged_when_they_are_known_streamed_or_not(guarded: Guarded
     assert "tokens a minute" in second.json()["error"]["message"]
 
 
+def test_embeddings_are_charged_for_all_their_groups(guarded: Guarded) -> None:
+    texts = ["x" * 240] * 20
+    answer = guarded.ask("/v1/embeddings", "embeds", input=texts)
+    assert answer.status_code == 200
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "200"
+
+
 def test_pages_may_call_only_where_they_are_let(served: Served) -> None:
     def preflight(policy: Policy) -> httpx.Response:
         asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}

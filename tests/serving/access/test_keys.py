@@ -176,5 +176,8 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "sha256" not in listed
     assert "is there twice" in said("create", "team", code=1).stderr
     assert "names no key" in said("create", "a b", code=2).stderr
+    over = said("create", "old", "--expires", "2020-01-01", code=2)
+    assert "2020-01-01 00:00:00 (UTC) is over" in over.stderr
+    assert over.stdout == ""
     said("revoke", "team")
     assert read_keys(file) == ()

@@ -93,9 +93,27 @@ def connected(url: str) -> socket.socket:
 def test_a_body_that_does_not_arrive_is_given_up(limited: str) -> None:
     with connected(limited) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
-        answer = slow.recv(65536)
+        answer = b"".join(iter(lambda: slow.recv(65536), b""))  # until it is closed
         assert answer.startswith(b"HTTP/1.1 408")
-        assert slow.recv(65536) == b""  # and closed
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": "a" * 301}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a" * 151}] * 2}, "messages"),
+        ("/tokenize", {"messages": [0] * 6}, "messages"),
+        ("/v1/chat/completions", {"messages": [0] * 6}, "messages"),
+        ("/v1/embeddings", {"input": ["a", "b" * 301]}, "input"),
+    ],
+)
+def test_texts_and_messages_are_counted_before_they_are_looked_at(
+    limited: str, path: str, body: dict[str, object], param: str
+) -> None:
+    answer = post(limited, path, **body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert "limits." in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n"])
@@ -215,6 +233,7 @@ def test_a_pipe_that_came_after_the_paths_check_is_not_waited_for(folder: Path) 
         "(a{1,9}){1,9}",
         r"(.|\w)+!",
         r"(.|\w)" * 30 + "!",
+        "(ab|.b|..)" * 9 + "!",
         "a|" * 1000,
     ],
 )
@@ -225,7 +244,15 @@ def test_patterns_that_never_end_are_refused(folder: Path, pattern: str) -> None
         check_sizes(folder, DEFAULT_LIMITS)
 
 
-@pytest.mark.parametrize("pattern", [".*q_proj", r"layers\.(1|2)\.(q|k)_proj", "^model.up_proj"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".*q_proj",
+        r"layers\.(1|2)\.(q|k)_proj",
+        "^model.up_proj",
+        r".*\.(0|1|2)\.(self_attn|mlp)\.(q|k|v|o|up)_proj",
+    ],
+)
 def test_patterns_that_are_in_use_pass(folder: Path, pattern: str) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
     (folder / CONFIG_FILE).write_text(json.dumps({**config, "rank_pattern": {pattern: 4}}))

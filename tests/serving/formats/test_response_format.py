@@ -174,8 +174,9 @@ def with_schema(schema: Any, **more: Any) -> dict[str, Any]:
         ),
         ({"guided_json": "{"}, "guided_json", "no JSON"),
         ({"guided_json": "[]"}, "guided_json", "object"),
-        ({"guided_regex": "("}, "guided_regex", "regex"),
+        ({"guided_regex": "("}, "guided_regex", "unclosed group"),
         ({"guided_choice": []}, "guided_choice", "at least 1"),
+        ({"guided_choice": ["a"], "min_tokens": 2}, "min_tokens", "leave it out"),
         ({"guided_grammar": "nothing"}, "guided_grammar", "cannot be kept"),
         (with_schema({"enum": ["x" * 140_000]}), "response_format", "131,072"),
         (

@@ -129,6 +129,19 @@ def test_a_model_that_calls_nothing_answers(calling: Served, more: dict[str, Any
     assert answer.choices[0].message.tool_calls is None
 
 
+@pytest.mark.parametrize(
+    "parameters", [{}, {"maxItems": 0, "maxProperties": 0}, {"anyOf": [{"type": "array"}, SCHEMA]}]
+)
+def test_untyped_parameters_are_of_an_object(calling: Served, parameters: dict[str, Any]) -> None:
+    more = parameters | ({"$defs": SCHEMA["$defs"]} if "anyOf" in parameters else {})
+    tool = {"type": "function", "function": {"name": "f", "parameters": more}}
+    asked = options(tools=[tool], tool_choice="required", parallel_tool_calls=False)
+    choice = chat_of(calling).completions.create(**asked).choices[0]
+    assert choice.message.tool_calls, choice
+    if choice.finish_reason == "tool_calls":
+        assert isinstance(json.loads(choice.message.tool_calls[0].function.arguments), dict)
+
+
 def test_a_call_that_is_cut_says_so(calling: Served) -> None:
     answer = chat_of(calling).completions.create(**options(max_tokens=45)).choices[0]
     assert answer.finish_reason == "length"
@@ -207,7 +220,20 @@ def test_calls_beside_other_requests_are_the_same(calling: Served) -> None:
             "tools",
             "Unimplemented",
         ),
+        *(
+            (
+                {"tools": [WEATHER, {"type": "function", "function": {"name": "f", **wrong}}]},
+                "tools.1.function.parameters",
+                "'object'",
+            )
+            for wrong in (
+                {"parameters": {"type": "array", "maxItems": 0}},
+                {"parameters": {"type": ["object", "null"]}},
+                {"parameters": {"type": None}, "strict": True},
+            )
+        ),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "cannot go with tools"),
+        ({"min_tokens": 9}, "min_tokens", "leave it out"),
         ({"ignore_eos": True}, "ignore_eos", "leave it out"),
         (
             {"messages": [*MESSAGES, {"role": "tool", "tool_call_id": "x", "content": ""}]},

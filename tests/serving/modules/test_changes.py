@@ -25,7 +25,7 @@ from ...tiny import make_model, make_module, make_tokenizer, reference_tokens
 from ..conftest import chat_ids, running, write_routed_bank
 
 SAMPLES = [f"please sing song {k}" for k in range(10, 30, 2)]
-VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError", 409: "invalid_request_error"}
+VLLM_TYPES = {400: "BadRequestError", 404: "NotFoundError", 409: "BadRequestError"}
 UPPER, DIGIT, SING = "shout the word 7", "0 1 2 3 4 5", "please sing song 21"
 
 
@@ -387,6 +387,12 @@ def test_generations_rise_and_are_compared_before_anything_is_done(hot: Hot) -> 
     assert hot.load("sing", "sing", expected_generation=3).status_code == 409
     assert generation(hot.load("sing", "sing")) == 4
     assert generation(hot.load("upper", "sing", load_inplace=True, expected_generation=1)) == 2
+
+
+def test_loading_again_in_place_unpins(hot: Hot) -> None:
+    for pinned in (True, False, True):
+        hot.load("sing", "sing", load_inplace=True, pinned=pinned)
+        assert httpx.get(hot.url + "/v1/modules/sing").json()["pinned"] is pinned
 
 
 def test_sglangs_paths_and_fields_are_understood(hot: Hot) -> None:
