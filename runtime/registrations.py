@@ -79,6 +79,7 @@ class Registrations:
         if not entry.is_pinned:
             self.resident.forget(entry)
         if not entry.registered:
+            entry.left = source
             self._leaving.append(entry)
         return not entry.registered
 

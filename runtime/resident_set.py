@@ -68,7 +68,8 @@ class Registration:
 
 @dataclass(eq=False)
 class Entry:
-    """A registered module. registered: its registrations, the newest last.
+    """A registered module. registered: its registrations, the newest last. left: the source of the
+    last one that went, for requests that were there before.
 
     holds: how many keep it from being evicted. failed_at: when it could not be read, on the
     monotonic clock.
@@ -78,6 +79,7 @@ class Entry:
     digest: str
     footprint: Footprint
     registered: tuple[Registration, ...] = ()
+    left: Source | None = None
     state: State = "cold"
     holds: int = 0
     hits: int = 0
@@ -89,7 +91,8 @@ class Entry:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Where to read it, the newest last."""
-        return tuple(one.source for one in self.registered)
+        sources = tuple(one.source for one in self.registered)
+        return sources or ((self.left,) if self.left else ())
 
     @property
     def is_pinned(self) -> bool:

@@ -438,6 +438,40 @@ def test_later_registrations_that_went_leave_the_first_ones_files() -> None:
             asyncio.run(tokens(residency, digests, Blend({name: 1.0})))
 
 
+def test_one_that_leaves_before_it_is_read_is_read_for_those_that_were_there() -> None:
+    readers_busy = threading.Event()
+
+    def slow() -> Module:
+        readers_busy.wait(30)
+        return MODULES["m0"]
+
+    def read() -> Module:
+        return MODULES["m1"]
+
+    async def run(residency: Residency, digests: dict[str, str]) -> None:
+        names = ("m0", "m2", "m1")  # as many readers as modules before it
+        jobs = [asyncio.ensure_future(tokens(residency, digests, Blend({n: 1.0}))) for n in names]
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(residency.unregister, digests["m1"], read)
+        readers_busy.set()
+        found = await asyncio.gather(*jobs)
+        for name, answer in zip(names, found, strict=True):
+            expected = reference_tokens(
+                PLAIN, MODULES, Blend({name: 1.0}), make_prompt(12, seed=0), 8
+            )
+            assert answer == expected
+
+    def also_slow() -> Module:
+        readers_busy.wait(30)
+        return MODULES["m2"]
+
+    with resident(room=3) as residency:
+        digests = register(residency, "m3", "m4", "m5")
+        for name, source in (("m0", slow), ("m1", read), ("m2", also_slow)):
+            digests[name] = residency.register(MODULES[name], source)
+        asyncio.run(run(residency, digests))
+
+
 def test_a_pin_lasts_as_long_as_its_registration() -> None:
     def read() -> Module:
         return MODULES["m0"]

@@ -14,17 +14,12 @@ from benchmarks.soak.soaking import Plan, soak
 from mergeroute.adapters.bank import Bank
 from mergeroute.serving.cli import DEMO_BANK
 
-SHORT = Plan(8, clients=8, prompts=2, count=8, rss_share=0.1)
+MINUTE = Plan(60, clients=8, prompts=4, count=16, rss_share=0.1)
 """The allocator is still filling up: memory is looked at closely by the long form."""
 
 
-def test_nothing_goes_wrong_in_a_short_soak(tmp_path: Path) -> None:
-    _soak(SHORT, tmp_path)
-
-
-@pytest.mark.slow
 def test_nothing_goes_wrong_in_a_soak_of_a_minute(tmp_path: Path) -> None:
-    _soak(Plan(60, clients=8, prompts=6, count=24, rss_share=0.05), tmp_path)
+    _soak(MINUTE, tmp_path)
 
 
 def _soak(plan: Plan, folder: Path) -> None:
