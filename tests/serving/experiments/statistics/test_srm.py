@@ -1,0 +1,67 @@
+"""Sample ratios against scipy's chi-square."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from mergeroute.serving.experiments.statistics.srm import Split, sample_ratio, sample_ratio_of
+
+EVEN = {"a": 0.5, "b": 0.5}
+
+
+@given(st.lists(st.tuples(st.integers(50, 10**6), st.floats(0.2, 1)), min_size=2, max_size=5))
+def test_it_is_pearsons_test(rows: list[tuple[int, float]]) -> None:
+    counts = {str(i): count for i, (count, _) in enumerate(rows)}
+    weights = {str(i): weight for i, (_, weight) in enumerate(rows)}
+    share = sum(counts.values()) / sum(weights.values())
+    want = stats.chisquare(list(counts.values()), [w * share for w in weights.values()])
+    found = sample_ratio(counts, weights)
+    assert found.statistic == pytest.approx(want.statistic)
+    assert found.p_value == pytest.approx(want.pvalue, abs=1e-12)
+    assert found.is_mismatch == (want.pvalue < 0.001)
+
+
+def test_a_leak_is_seen_and_chance_is_not() -> None:
+    assert sample_ratio({"a": 51_000, "b": 49_000}, EVEN).is_mismatch
+    assert not sample_ratio({"a": 50_500, "b": 49_500}, EVEN).is_mismatch  # p = 0.0016
+    assert sample_ratio({"a": 10_000}, EVEN).is_mismatch
+    assert not sample_ratio({"a": 10**12, "b": 10**12 + 10**6}, EVEN).is_mismatch
+
+
+def test_too_few_units_cannot_tell() -> None:
+    for counts in ({}, {"a": 0, "b": 0}, {"a": 9}, {"a": 4, "b": 5}):
+        found = sample_ratio(counts, EVEN)
+        assert (found.p_value, found.statistic, found.is_mismatch) == (None, None, False)
+    assert sample_ratio({"a": 10}, {"a": 1.0}).p_value is None
+    assert sample_ratio({"a": 0}, {"a": 0.0}).p_value is None
+
+
+def test_a_unit_where_none_belongs_is_a_mismatch() -> None:
+    found = sample_ratio({"a": 100, "b": 100, "c": 1}, {**EVEN, "c": 0})
+    assert (found.p_value, found.is_mismatch) == (0.0, True)
+    unused = sample_ratio({"a": 100, "b": 130, "c": 0}, {**EVEN, "c": 0})
+    assert unused == sample_ratio({"a": 100, "b": 130}, EVEN)
+
+
+def test_changed_weights_count_each_by_itself() -> None:
+    before = Split({"a": 9_900, "b": 100}, {"a": 0.99, "b": 0.01})
+    after = Split({"a": 5_050, "b": 4_950}, EVEN)
+    few = Split({"a": 2, "b": 1}, EVEN)
+    found = sample_ratio_of([before, after, few])
+    assert found.statistic == pytest.approx(1.0)
+    assert found.p_value == pytest.approx(stats.chi2.sf(1, 2))
+    together = {"a": 14_950, "b": 5_050}
+    assert sample_ratio(together, EVEN).is_mismatch
+    assert sample_ratio_of([]).p_value is None
+
+
+def test_what_cannot_be_counted_is_refused() -> None:
+    with pytest.raises(ValueError, match="c has units and no weight: give every variant's"):
+        sample_ratio({"c": 1}, EVEN)
+    with pytest.raises(ValueError, match="a has -1: counts and weights are finite"):
+        sample_ratio({"a": -1}, EVEN)
+    with pytest.raises(ValueError, match="b has nan"):
+        sample_ratio({"a": 1}, {"a": 1, "b": float("nan")})
