@@ -56,7 +56,8 @@ WriteRouter = Callable[[Path, Path], None]
 """The backbone's folder and the folder to write the router to."""
 
 
-def _silent(_stage: str, _total: int) -> Callable[[], None]:
+def silent(_stage: str, _total: int) -> Callable[[], None]:
+    """Shows nothing."""
     return lambda: None
 
 
@@ -68,7 +69,7 @@ class BuildTools:
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    progress: Progress = _silent
+    progress: Progress = silent
     calibrate: Calibrate | None = None
     write_router: WriteRouter | None = None
 
@@ -117,7 +118,7 @@ def build(
     return Bank.open(out, verify=False)
 
 
-def open_sources(recipe: Recipe, *, progress: Progress = _silent) -> tuple[Base, list[Expert]]:
+def open_sources(recipe: Recipe, *, progress: Progress = silent) -> tuple[Base, list[Expert]]:
     """The base and the experts of a recipe, checked against each other.
 
     Raises:
@@ -225,7 +226,7 @@ def _write_backbone(folder: Path, merger: Merger, progress: Progress) -> tuple[B
     """Write the backbone and the base's other files; its entry in the manifest, and the digest of
     its weights.
     """
-    others = [f for f in checkpoint_files(merger.base.path) if not _is_weights(f)]
+    others = [f for f in checkpoint_files(merger.base.path) if not is_weights(f)]
     copy_files(others, folder)
     step = progress(f"backbone by {merger.recipe.backbone.method}", len(merger.names))
     merger.write_backbone(folder, on_parameter=step)
@@ -269,7 +270,8 @@ def _backbone_name(recipe: Recipe) -> str:
     return next(n for suffix in suffixes if (n := name[: 64 - len(suffix)] + suffix) not in taken)
 
 
-def _is_weights(file: Path) -> bool:
+def is_weights(file: Path) -> bool:
+    """Whether a file of a checkpoint holds its tensors, or says which of them does."""
     return file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
 
 

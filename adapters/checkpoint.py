@@ -91,6 +91,15 @@ class Checkpoint:
                 tensors[name] = info
         return cls(path, tensors)
 
+    @classmethod
+    def of_file(cls, file: Path) -> Checkpoint:
+        """The tensors of one file.
+
+        Raises:
+            CheckpointError: it is missing, truncated or damaged.
+        """
+        return cls(file.parent, _read_header(file))
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors."""

@@ -17,6 +17,7 @@ MergerouteError
     ├── ModuleUnavailableError   a module's files have gone or changed since it was registered
     ├── QueueFullError      too many requests wait
     ├── EngineStoppedError  the engine is shutting down
+    ├── EngineTimeoutError  the engine takes too long to answer
     └── UnsupportedModelError    this architecture cannot be served exactly
 
 and in mergeroute.serving, for what only that layer can know: ApiError (an error with its HTTP
@@ -103,6 +104,10 @@ class QueueFullError(EngineError):
 
 class EngineStoppedError(EngineError):
     """The engine is shutting down."""
+
+
+class EngineTimeoutError(EngineError):
+    """The engine takes too long to answer."""
 
 
 class UnsupportedModelError(EngineError):

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import BackboneError
 
-_UNUSABLE = (
+UNUSABLE = (
     ValueError,
     LookupError,
     OSError,
@@ -72,7 +72,7 @@ def empty_model(path: Path) -> Any:  # noqa: ANN401 - transformers is untyped
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         raise BackboneError(f"{path} is no causal language model: {error}") from error
 
 

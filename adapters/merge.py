@@ -87,10 +87,10 @@ class Merger:
             CheckpointError: no room on the disk, or NaN or inf in an expert or the result.
         """
         stored = self.base.checkpoint.tensors
-        tensors = {name: (stored[name].shape, self._dtype(name)) for name in self.names}
+        tensors = {name: (stored[name].shape, self.dtype_of(name)) for name in self.names}
         with checkpoint_writer(folder, tensors) as writer:
             for name in tensors:
-                rows = self._backbone_rows(name)
+                rows = self.backbone_rows(name)
                 writer.write(name, self._told(name, rows))
                 on_parameter()
 
@@ -248,7 +248,7 @@ class Merger:
         rows = rows_per_block(info.columns)
         return (left[start : start + rows] @ right for start in range(0, info.rows, rows))
 
-    def _backbone_rows(self, name: str) -> Iterator[Tensor]:
+    def backbone_rows(self, name: str) -> Iterator[Tensor]:
         """The backbone's rows of a parameter: as they are stored where nothing changes."""
         info = self.base.checkpoint.tensors[name]
         rows = rows_per_block(info.columns)
@@ -277,7 +277,8 @@ class Merger:
         shape = self.base.checkpoint.tensors[name].shape
         self.statistics.merged(name, torch.cat(kept).reshape(shape))
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a parameter of the backbone is stored in."""
         stored = self.base.checkpoint.tensors[name].dtype
         if self.recipe.dtype is None or not stored.is_floating_point:
             return stored

@@ -49,7 +49,9 @@ def parse_size(text: object) -> int:
 _STANDS_ON = {"emr": ("emr",), "tall": ("task_arithmetic",)}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section of a recipe: no unknown keys, no truth values."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
@@ -61,7 +63,7 @@ class _Strict(BaseModel):
         return value
 
 
-class ExpertEntry(_Strict):
+class ExpertEntry(Strict):
     """A model to merge."""
 
     name: Annotated[str, AfterValidator(check_name)] = Field(description="its module's name")
@@ -71,7 +73,7 @@ class ExpertEntry(_Strict):
     samples: tuple[str, ...] = Field((), description="prompts it is for")
 
 
-class Lines(_Strict):
+class Lines(Strict):
     """LiNeS: the merged change is scaled by alpha + beta * depth."""
 
     alpha: float | None = Field(
@@ -101,7 +103,7 @@ class BackboneSettings(BaseModel):
         return validated_parameters(self.method, self.model_extra or {})
 
 
-class ModuleSettings(_Strict):
+class ModuleSettings(Strict):
     """How what is exclusive to each expert is kept."""
 
     method: Literal[
@@ -168,7 +170,7 @@ class ModuleSettings(_Strict):
         return self.rank or (DEFAULT_RANK if self.energy is None and self.bytes is None else None)
 
 
-class KindSettings(_Strict):
+class KindSettings(Strict):
     """What is done with the parameters that are no linear layers' weights."""
 
     embedding: Literal["shared", "svd", "drop"] = "shared"
@@ -177,7 +179,7 @@ class KindSettings(_Strict):
     bias: Literal["shared", "exact", "drop"] = "shared"
 
 
-class SignalSection(_Strict):
+class SignalSection(Strict):
     """What of the prompt the router reads; everything that is named stands side by side."""
 
     layer: int | tuple[int, ...] | None = Field(
@@ -211,7 +213,7 @@ FITTED_SCORERS = ("prototype", "mlp", "retriever")
 TOKEN_SCORERS = ("arrow", "spectr", "phatgoose")
 
 
-class RouterSection(_Strict):
+class RouterSection(Strict):
     """The router that is fitted with the bank."""
 
     scorer: Literal["prototype", "mlp", "retriever", "fixed", "arrow", "spectr", "phatgoose"] = (
@@ -262,7 +264,7 @@ class RouterSection(_Strict):
         return {key: value for key, value in serialise(self).items() if key not in self._unused}
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """What a bank is built from. Paths are absolute, or hub ids."""
 
     name: Annotated[str, AfterValidator(check_name)] = Field("bank", description="the bank's name")

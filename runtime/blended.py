@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blending import Part, followed
+from .blending import Part, Segment, followed
 
 
 class Blended(nn.Module):
@@ -92,12 +92,7 @@ class BlendedLinear(BlendedMatrix):
             return y
         x_rows, y_rows = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
         gates = gated.of_layer(self.name, x_rows)
-        for segment in gated.segments:
-            rows = slice(segment.start, segment.stop)
-            for low, high in segment.ranks:
-                shrunk = F.linear(x_rows[rows], self.a[low:high])  # [rows, ranks]
-                shrunk.mul_(gates[rows, low:high])
-                y_rows[rows].addmm_(shrunk, self.b[low:high])
+        add_gated(y_rows, x_rows, self.tensors, gated.segments, gates)
         return y
 
 
@@ -194,6 +189,27 @@ class BlendedVectors(Blended):
         shape = [1] * y.ndim
         shape[self.row_dim], shape[-1] = summed.shape
         return summed.view(shape)
+
+
+def add_gated(
+    y: Tensor,
+    x: Tensor,
+    factors: tuple[Tensor, Tensor],
+    segments: Iterable[Segment],
+    gates: Tensor,
+) -> None:
+    """Add to y [rows, o] what stacked deltas make of x [rows, i]: ((x Aᵀ) * g) B.
+
+    factors: A [R, i] and B [R, o]. segments: the rows that have any, and which of the R ranks.
+    gates: [rows, R].
+    """
+    a, b = factors
+    for segment in segments:
+        rows = slice(segment.start, segment.stop)
+        for low, high in segment.ranks:
+            shrunk = F.linear(x[rows], a[low:high])  # [rows, ranks]
+            shrunk.mul_(gates[rows, low:high])
+            y[rows].addmm_(shrunk, b[low:high])
 
 
 def resized(rows: Tensor, count: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from safetensors import SafetensorError
 
 from ..adapters.checkpoint import MODEL_DTYPES
 from ..adapters.errors import EngineError, UnsupportedModelError
+from .merged_experts import install_merged_experts
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,24 +50,31 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return MODEL_DTYPES[name]
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:  # noqa: ANN401
+def load_model(
+    path: Path, *, device: torch.device, dtype: torch.dtype, depth: int | None = None
+) -> Any:  # noqa: ANN401
     """A causal language model in evaluation mode; only safetensors are read. transformers' own
     progress bar is switched off: who loads a model shows what it waits for.
+
+    depth: how many of its layers to read, the first ones; None: all.
 
     Raises:
         UnsupportedModelError: transformers cannot make a causal language model of the folder, or
             tensors are missing, which it would fill with random numbers.
+        CheckpointError: merged experts beside it are damaged.
     """
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _without_report(depth):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                config=None if depth is None else _cut_config(path, depth),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
@@ -73,7 +84,36 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any: 
         )
     if device.type == "cpu":
         _leave_files(model)
+    install_merged_experts(model, path)
     return model.to(device).eval()
+
+
+def _cut_config(path: Path, depth: int) -> Any:  # noqa: ANN401
+    """The configuration of a model of the first layers."""
+    config = transformers.AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False
+    )
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    text.num_hidden_layers = depth
+    return config
+
+
+@contextmanager
+def _without_report(depth: int | None) -> Iterator[None]:
+    """transformers warns of every layer that is left out on purpose."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    if depth is not None:
+        log.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_no_report)
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from ..adapters.experts import Base, Expert
 from ..adapters.kinds import empty_model
 from ..adapters.merging.methods import find_method
 from ..adapters.recipe import Recipe, RouterSection
+from ..adapters.smoe.recipe import MoeRecipe
+from ..adapters.smoe.stored import read_report
 from ..routers.data import Example, read_examples
 from ..routers.policies import Policy
 from ..routers.settings import FixedSettings, SignalSettings, TokenSettings
@@ -33,6 +35,7 @@ from ..runtime.expert_statistics import ExpertStatistics, SequentialStatistics
 from ..runtime.loading import choose_device, load_tokenizer
 from ..runtime.rendering import Rendered, render
 from ..runtime.torch_engine import TorchEngine
+from .building_moe import build_moe_bank, experts_table
 from .fitting import FittedRouter, fit_router, labelled, read_prompts
 from .router_options import FitOptions, ScorerName
 from .router_report import fit_lines
@@ -41,14 +44,23 @@ _COLUMNS = (bars.TextColumn("{task.description:32}"), bars.BarColumn(), bars.Mof
 
 
 def build_bank(
-    recipe: Recipe, out: Path, *, force: bool = False, device: str = "auto", console: Console
+    recipe: Recipe | MoeRecipe,
+    out: Path,
+    *,
+    force: bool = False,
+    device: str = "auto",
+    console: Console,
 ) -> Bank:
-    """Build a bank and show how far it is; see `mergeroute.adapters.build.build`.
+    """Build a bank and show how far it is; see `mergeroute.adapters.build.build`, and
+    `mergeroute.adapters.smoe.build.build_moe` for a sparse model's experts.
 
     Raises:
         MergerouteError: an input cannot be used; nothing is left behind.
     """
     place = choose_device(device)
+    if isinstance(recipe, MoeRecipe):
+        with progress_bars(console) as stage:
+            return build_moe_bank(recipe, out, force=force, device=place, stage=stage)
     check_router(recipe)
     with progress_bars(console) as stage:
         router = _RouterWriter(recipe, place, stage, console)
@@ -57,7 +69,9 @@ def build_bank(
 
 
 def summary(bank: Bank) -> Table | str:
-    """What came out: a row per module."""
+    """What came out: a row per module, or per layer of merged experts."""
+    if merged := read_report(bank.backbone.path):
+        return experts_table(bank, merged)
     weights = sum(file.stat().st_size for file in bank.backbone.path.glob("*.safetensors"))
     title = f"bank {escape(bank.name)} {short(bank.digest)}, backbone {weights / 1e6:,.1f} MB"
     if not bank.modules:
@@ -170,7 +184,7 @@ def _calibrated(
 ) -> Calibrated:
     """Statistics on the recipe's calibration prompts."""
     assert recipe.calibration is not None
-    prompts = _calibration_prompts(Path(recipe.calibration), base, experts)
+    prompts = calibration_prompts(Path(recipe.calibration), base, experts)
     needs = find_method(recipe.backbone.method).needs
     kind = SequentialStatistics if needs == "sequential" else ExpertStatistics
     runs = {"sequential": 2 * base.blocks, None: 0}.get(needs, 1)
@@ -180,9 +194,14 @@ def _calibrated(
     return Calibrated(statistics if needs else None, statistics.moments_of)
 
 
-def _calibration_prompts(
+def calibration_prompts(
     path: Path, base: Base, experts: Sequence[Expert]
 ) -> dict[str, list[Rendered]]:
+    """The prompts of every expert, by its name, with their answers.
+
+    Raises:
+        DataError, RecipeError: they cannot be read, or an expert has none.
+    """
     tokenizer = load_tokenizer(base.path)
     prompts: dict[str, list[Rendered]] = {expert.name: [] for expert in experts}
     for example in read_examples(path, needs=("task",)):

@@ -12,7 +12,13 @@ from rich.table import Table
 MOST_COSINES = 12
 """More experts than this make no table of cosines: it would be too wide to read."""
 
-_SPECIAL = ("kinds", "experts", "modules", "shared", "similarity", "layers", "parameters")
+MOST_EXPERTS = 16
+"""Of a layer with more, the tables do not tell one by one."""
+
+_SPECIAL = (
+    *("kinds", "experts", "modules", "shared", "similarity", "layers", "parameters"),
+    "sparse_layers",
+)
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], object]]
@@ -38,6 +44,8 @@ def tables(document: dict[str, Any]) -> Iterator[Table]:
         yield _cosines(names, document["similarity"]["cosine"])
     if layers := document.get("layers"):
         yield _table("layers", layers, _LORA_LAYERS if "rank" in layers[0] else _LAYERS)
+    if sparse := document.get("sparse_layers"):
+        yield _table("sparse layers", sparse, _SPARSE_LAYERS)
 
 
 def _table(title: str, rows: Sequence[Row], columns: Columns) -> Table:
@@ -129,6 +137,32 @@ _LAYERS: Columns = {
     "energy at the recipe's rank": lambda row: _kept(row["energy"].values()),
     "mean cosine": lambda row: _mean_cosine(row["cosine"]),
 }
+
+
+_SPARSE_LAYERS: Columns = {
+    "layer": lambda row: row["layer"],
+    "experts": lambda row: row["experts"],
+    "groups": lambda row: _groups(row["groups"]),
+    "unused": lambda row: " ".join(map(str, row["unused"])) or None,
+    "error of centres": lambda row: _errors(row["centre_errors"]),
+    "error of experts": lambda row: _errors(row["errors"]),
+    "router KL": lambda row: _number(row["router_kl"], 4),
+    "router agreement": lambda row: _percent(row["router_agreement"]),
+}
+
+
+def _groups(groups: Sequence[int]) -> str | None:
+    """Each expert's group; of many experts, which would be too wide to read, nothing."""
+    if len(groups) > MOST_EXPERTS:
+        return None
+    return " ".join("-" if group < 0 else str(group) for group in groups)
+
+
+def _errors(errors: Sequence[float]) -> str:
+    """Each expert's; of many, the extremes."""
+    if len(errors) > MOST_EXPERTS:
+        return f"{min(errors):.3f} to {max(errors):.3f}"
+    return " ".join(f"{error:.3f}" for error in errors)
 
 
 def _kept(spectra: Iterable[Row]) -> str | None:

@@ -17,8 +17,10 @@ from ..adapters.manifest import MANIFEST
 from ..adapters.module_check import check_layer, check_vector
 from ..adapters.module_files import module_files
 from ..adapters.recipe import ModuleSettings, Recipe
-from ..adapters.recipe_file import read_recipe
+from ..adapters.recipe_file import read_any_recipe
 from ..adapters.shapes import Shapes
+from ..adapters.smoe.recipe import MoeRecipe
+from ..adapters.smoe.stored import read_report
 from ..adapters.survey import Survey, Surveyed, survey_experts, survey_modules, surveyed_names
 from .inspect_entries import (
     backbone_entry,
@@ -31,6 +33,7 @@ from .inspect_entries import (
     sizes,
     spread,
 )
+from .inspection_moe import checkpoint_document, is_sparse, merged_entry, recipe_document
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -75,7 +78,9 @@ def inspect_path(
 
 
 def _inspect_recipe(path: Path, progress: Progress) -> Inspection:
-    recipe = read_recipe(path)
+    recipe = read_any_recipe(path)
+    if isinstance(recipe, MoeRecipe):
+        return Inspection(recipe_document(path, recipe))
     base, experts = open_sources(recipe, progress=progress)
     step = progress("comparing", len(surveyed_names(base)))
     survey = survey_experts(base, experts, on_parameter=step)
@@ -109,6 +114,7 @@ def _inspect_bank(path: Path, progress: Progress) -> Inspection:
         step()
     survey = survey_modules(loaded, bank.backbone.layers)
     shared, recipe = bank.shared, bank.recipe or {}
+    report = read_report(bank.backbone.path)
     document = {
         "kind": "bank",
         "name": bank.name,
@@ -120,12 +126,17 @@ def _inspect_bank(path: Path, progress: Progress) -> Inspection:
         "shared": shared and _bank_module(bank, shared, bank.load(shared), weights),
         "modules": rows,
         **comparison(survey, None),
+        **({} if report is None else merged_entry(report)),
     }
     return Inspection(document, survey)
 
 
 def _inspect_checkpoint(path: Path, progress: Progress) -> Inspection:
     step = progress("reading", 1)
+    if is_sparse(path):
+        document = checkpoint_document(path)
+        step()
+        return Inspection(document)
     base = Base.open(path)
     backbone = backbone_entry(Backbone.open(path))
     step()

@@ -1,0 +1,1 @@
+"""Sparse mixtures of experts: their experts made from dense models, and merged."""
