@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -25,10 +25,15 @@ from .assigning import Assignment
 from .choices import Choice
 from .context import Context
 from .errors import CLIENT_CLOSED, ApiError, describe, error_body, retry_headers
+from .experiments.replay import replay
+from .experiments.routes import add_experiment_routes, live_of
+from .experiments.schemas import ReplayRequest
 from .health import Draining, add_health_routes
 from .modules.routes import add_module_routes
 from .native_routes import add_native_routes
 from .openapi import describe_routes
+from .relay.bodies import read_relayed
+from .relay.relays import Relay
 from .responses.chat import ChatShape
 from .responses.completions import CompletionShape
 from .responses.decisions import blend_text
@@ -41,7 +46,10 @@ from .telemetry.middleware import Observed
 from .telemetry.options import QUIET, Telemetry
 from .telemetry.record import RequestRecord
 from .text_routes import add_text_routes
-from .validation import read_body
+from .validation import read_body, read_json, validate
+
+if TYPE_CHECKING:  # vLLM 0.32 pins a FastAPI of before it had telemetry
+    from fastapi.telemetry import TelemetryConfig
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -61,7 +69,7 @@ _HEADER_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 def create_app(
     service: Service, policy: Policy = EVERYBODY, telemetry: Telemetry = QUIET
 ) -> FastAPI:
-    """An application over a service, which is stopped with it.
+    """An application over a service, which is closed with it.
 
     policy: who is let in. telemetry: what is told of it, whose traces end with it.
     """
@@ -70,7 +78,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.stop)
+        await asyncio.to_thread(service.close)
         if telemetry.traces:
             await asyncio.to_thread(telemetry.traces.close)
 
@@ -81,32 +89,51 @@ def create_app(
     add_module_routes(app, service)
     add_text_routes(app, service)
     add_native_routes(app, service)
+    add_experiment_routes(app, service)
     app.add_middleware(Guard, policy=policy, limits=service.limits, routes=app.router.routes)
     add_cors(app, policy.cors_origins)
     app.add_middleware(Draining, service=service)
-    app.add_middleware(Observed, metrics=metrics, telemetry=telemetry, routes=app.router.routes)
+    app.add_middleware(
+        Observed,
+        metrics=metrics,
+        telemetry=telemetry,
+        routes=app.router.routes,
+        on_end=service.finish,
+    )
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(request, await read_body(request, ChatRequest), service)
+        return await _answer(request, await _read(request, ChatRequest, service), service)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(request, await read_body(request, CompletionRequest), service)
+        return await _answer(request, await _read(request, CompletionRequest, service), service)
 
     @app.post("/v1/route")
     async def route(request: Request) -> dict[str, Any]:
-        body: GenerationBody = await read_body(request, CompletionRequest, chat=ChatRequest)
+        body = await _read(request, CompletionRequest, service, chat=ChatRequest)
         return await service.preview(body, context_of(request))
+
+    @app.post("/v1/replay")
+    async def replayed(request: Request) -> dict[str, Any]:
+        asked = validate(await read_json(request), ReplayRequest)
+        work = replay(service, live_of(service), asked.request_id, context_of(request))
+        found = await _unless_disconnected(request, work)
+        if request.state.account:
+            request.state.account.charge(found.tokens)
+        return found.document
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         entries = listing_for(request.state.caller, service.targets)
+        entries += service.listed_experiments(request.state.caller)
         return {"object": "list", "data": [_model(entry, started) for entry in entries]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
-        return _model(describe_for(request.state.caller, service.targets, name), started)
+        caller = request.state.caller
+        listed = {entry["id"]: entry for entry in service.listed_experiments(caller)}
+        return _model(listed.get(name) or describe_for(caller, service.targets, name), started)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -122,22 +149,45 @@ def create_app(
     return app
 
 
+async def _read(
+    request: Request,
+    kind: type[GenerationBody],
+    service: Service,
+    *,
+    chat: type[GenerationBody] | None = None,
+) -> GenerationBody:
+    """A body, all of it ours to understand or passed on as it is."""
+    if service.relays:
+        return await read_relayed(request, service)
+    return await read_body(request, kind, chat=chat)
+
+
 async def _answer(request: Request, body: GenerationBody, service: Service) -> Response:
     """Assign, submit, and answer whole or as a stream."""
     record: RequestRecord = request.state.record
-    record.ask(body, context_of(request))
-    choices = await _unless_disconnected(request, service.start(body, context_of(request)))
+    context = context_of(request)
+    record.ask(body, context)
+    plan = service.plan(body, context)
+    record.enrolment = plan.enrolment
+    try:
+        choices = await _unless_disconnected(request, service.start(body, context, plan))
+    except BaseException:
+        _expose(request, service)  # what fails counts too
+        raise
     assignments = list({id(c.assignment): c.assignment for c in choices}.values())
     headers = _headers(assignments) | _cold_header(choices)
     shape_kind = ChatShape if isinstance(body, ChatRequest) else CompletionShape
     shape = shape_kind(model=body.model, choices=choices, includes_usage=body.includes_usage)
     progress = [Progress(choice) for choice in choices]
     record.serve(progress)
+    _expose(request, service)
 
     def finish() -> None:
         if request.state.account:
             request.state.account.charge(usage(progress)["total_tokens"])
 
+    if relay := choices[0].relay:
+        return await _relayed(request, relay, progress, on_end=finish, headers=headers)
     if body.stream:
         lines = server_sent_events(progress, shape, includes_usage=body.includes_usage)
         return _Stream(lines, choices, on_end=finish, headers=headers)
@@ -150,6 +200,40 @@ async def _answer(request: Request, body: GenerationBody, service: Service) -> R
     return await asyncio.to_thread(  # log-probabilities may be many
         lambda: JSONResponse(shape.body(progress), headers=headers)
     )
+
+
+async def _relayed(
+    request: Request,
+    relay: Relay,
+    progress: Sequence[Progress],
+    *,
+    on_end: Callable[[], None],
+    headers: dict[str, str],
+) -> Response:
+    """The answer of an engine that the body is passed on to."""
+
+    def end() -> None:
+        relay.release()
+        on_end()
+
+    try:
+        await _unless_disconnected(request, relay.open())
+        if progress[0].choice.body.stream:
+            choices = [p.choice for p in progress]
+            return _Stream(relay.lines(progress), choices, on_end=end, headers=headers)
+        whole = json.dumps(relay.whole(progress), ensure_ascii=False)
+    except BaseException:
+        end()
+        raise
+    end()
+    return Response(whole, media_type="application/json", headers=headers)
+
+
+def _expose(request: Request, service: Service) -> None:
+    """Before the first byte of an answer: keep what it takes part in."""
+    record: RequestRecord = request.state.record
+    if service.experiments and record.enrolment:
+        service.experiments.expose(record, record.enrolment, request.state.caller.name)
 
 
 class _Stream(StreamingResponse):
@@ -217,7 +301,19 @@ def _headers(assignments: Sequence[Assignment]) -> dict[str, str]:
         "x-mergeroute-abstained": each(lambda a: f"{a.decision.abstained:g}"),
         "x-mergeroute-router": each(lambda a: a.decision.router),
         "x-mergeroute-confidence": each(lambda a: f"{a.decision.confidence:.4f}"),
+        **_experiment_headers(assignments[0]),
     }
+
+
+def _experiment_headers(assignment: Assignment) -> dict[str, str]:
+    """What a request takes part in; all its prompts do alike."""
+    told = {}
+    if enrolment := assignment.enrolment:
+        told["x-mergeroute-experiment"] = enrolment.experiment
+        told["x-mergeroute-variant"] = enrolment.variant
+    if warning := assignment.target.warning:
+        told["x-mergeroute-warnings"] = quote(warning, safe=_HEADER_SAFE)
+    return told
 
 
 def _cold_header(choices: Sequence[Choice]) -> dict[str, str]:

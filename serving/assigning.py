@@ -4,12 +4,13 @@ preview share all of it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.blend import Blend
-from ..adapters.errors import RequestError
+from ..adapters.errors import MergerouteError, RequestError
 from ..routers.base import Decision, Query
 from ..routers.conversation import Stickiness, route_conversation
 from ..routers.router import token_decision
@@ -22,12 +23,20 @@ from .chat import Prompt, chat_prompt, text_prompt
 from .context import Context
 from .dialects import asked_for
 from .errors import ApiError
+from .experiments.plan import NO_PLAN, Plan
 from .formats.forms import Form, form_of
 from .formats.tool_parsers import ParserName
 from .hosting import HostedBank
+from .relay.bodies import RelayedChat, relayed_prompt
 from .schemas.completions import ChatRequest, GenerationBody
+from .schemas.generation import MAX_CHOICES
 from .sessions import SessionKey, Sessions, conversation_of, labels_of
-from .targets import Target, Targets
+from .targets import AUTO, Target, Targets
+
+if TYPE_CHECKING:
+    from .experiments.enrolment import Enrolment
+
+logger = logging.getLogger(__name__)
 
 MAX_PROMPT_LOGPROBS = 1 << 18
 """Of one request: every token of every choice's prompt, times what is told of it."""
@@ -36,7 +45,8 @@ MAX_PROMPT_LOGPROBS = 1 << 18
 @dataclass(frozen=True)
 class Assignment:
     """One prompt, where it goes and why. session: of the conversation that remembers it.
-    form: of the answer.
+    form: of the answer. enrolment: in the experiment that chose the target. seed: of its first
+    choice, where the body states none; None: whatever the engine draws.
     """
 
     target: Target
@@ -44,6 +54,8 @@ class Assignment:
     decision: Decision
     session: SessionKey | None = None
     form: Form = field(default_factory=Form)
+    enrolment: Enrolment | None = None
+    seed: int | None = None
 
     @property
     def hosted(self) -> HostedBank:
@@ -65,15 +77,19 @@ class Assigner:
     tool_parser: ParserName
     sessions: Sessions
 
-    def assign(self, body: GenerationBody, context: Context, targets: Targets) -> list[Assignment]:
+    def assign(
+        self, body: GenerationBody, context: Context, targets: Targets, plan: Plan = NO_PLAN
+    ) -> list[Assignment]:
         """Decide for every prompt of a body which of the targets serves it, and how. It takes a
         while: routing runs a part of the backbone.
+
+        plan: what experiments make of the request.
 
         Raises:
             MergerouteError: the target, the blend, the routing or the prompt is at fault.
         """
         check_generation(body, self.limits)
-        target = _target(body, targets, context.caller)
+        target = _target(body, targets, context.caller, plan)
         prompts = _prompts(body, target.hosted.tokenizer)
         for prompt in prompts:
             _check(body, prompt, target.hosted)
@@ -81,11 +97,20 @@ class Assigner:
         form = self._form(body, target.hosted)
         session = self._session(body, context, target, prompts)
         labels = labels_of(body, context.headers)
+        decisions = plan.decisions or [
+            self._decide(body, target, prompt, labels, session) for prompt in prompts
+        ]
         return [
             Assignment(
-                target, prompt, self._decide(body, target, prompt, labels, session), session, form
+                target,
+                prompt,
+                decision,
+                session,
+                form,
+                plan.enrolment,
+                None if plan.seed is None else plan.seed + MAX_CHOICES * number,
             )
-            for prompt in prompts
+            for number, (prompt, decision) in enumerate(zip(prompts, decisions, strict=True))
         ]
 
     def _form(self, body: GenerationBody, hosted: HostedBank) -> Form:
@@ -141,12 +166,14 @@ class Assigner:
         return decision
 
 
-def _target(body: GenerationBody, targets: Targets, caller: Caller) -> Target:
-    """What the body asks for, if the caller may ask for it.
+def _target(body: GenerationBody, targets: Targets, caller: Caller, plan: Plan) -> Target:
+    """What the plan says, else what the body asks for, if the caller may ask for it.
 
     Raises:
-        ApiError: its routing goes with no such target.
+        ApiError: its routing goes with no such target; or that of a variant is gone.
     """
+    if plan.target is not None:
+        return _planned(plan, plan.target, targets, caller)
     with names_hidden(caller, body.model):
         asked = asked_for(body, targets)
     target = resolve_for(caller, targets, asked.model, asked.weights, param=asked.field)
@@ -160,7 +187,31 @@ def _target(body: GenerationBody, targets: Targets, caller: Caller) -> Target:
     return target
 
 
+def _planned(plan: Plan, name: str, targets: Targets, caller: Caller) -> Target:
+    """The target of a plan, which has seen to it that the caller may have it. A promoted one that
+    is gone leaves the server's own default; a variant's is told of, lest another be counted.
+
+    Raises:
+        ApiError: a variant's target is gone.
+    """
+    try:
+        return targets.resolve(name)
+    except MergerouteError as error:
+        if plan.promoted_by is not None:
+            own = resolve_for(caller, targets, AUTO)
+            return replace(own, warning=f"the promoted target {name} is gone: default answers")
+        logger.error("the target of an experiment is gone: %s", error)
+        raise ApiError(
+            "what the experiment's variant answers from is gone: ask for another model, and tell "
+            "whoever runs the experiment",
+            status=503,
+            code="variant_unavailable",
+        ) from error
+
+
 def _prompts(body: GenerationBody, tokenizer: Any) -> list[Prompt]:  # noqa: ANN401
+    if isinstance(body, RelayedChat):
+        return [relayed_prompt(body, tokenizer)]
     if isinstance(body, ChatRequest):
         return [chat_prompt(tokenizer, body.messages, body.template_arguments)]
     return [text_prompt(tokenizer, prompt) for prompt in body.prompts]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..runtime.engine import Generation
 from .assigning import Assignment
 from .schemas.completions import GenerationBody
 from .terms import NO_TERMS, Terms
+
+if TYPE_CHECKING:
+    from .relay.relays import Relay
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Choice:
 
     index: its place in the response. top_logprobs: alternatives asked for; None: no logprobs.
     body: what it is a part of the answer to. cold: modules that had to be read for it.
+    relay: what brings the whole answer, where the body is passed on as it is.
     """
 
     index: int
@@ -26,6 +31,7 @@ class Choice:
     top_logprobs: int | None
     body: GenerationBody
     cold: tuple[str, ...] = ()
+    relay: Relay | None = None
 
 
 async def start(
@@ -90,6 +96,8 @@ def _start(body: GenerationBody, assignment: Assignment, *, number: int, terms: 
     """Submit choice `number` of a prompt."""
     hosted = assignment.hosted
     sampling = body.sampling(hosted.defaults, number)
+    if sampling.seed is None and assignment.seed is not None:
+        sampling = replace(sampling, seed=assignment.seed + number)
     request = hosted.request(assignment.prompt.token_ids, assignment.decision, sampling)
     generation = hosted.engine.submit(
         replace(

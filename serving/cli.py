@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from ..adapters.errors import MergerouteError
 from .cli_banks import bank_commands
 from .cli_doctor import doctor_command
+from .cli_experiments import experiment_commands
 from .cli_keys import key_commands
 from .cli_router import route_command, router_commands
+from .cli_smoe import smoe_commands
 from .errors import UsageError
 from .options import DeviceOption, DtypeOption, JsonOption, console
 from .settings import DEFAULT_PORT, ServeSettings
@@ -37,14 +40,17 @@ app.add_typer(key_commands)
 app.add_typer(doctor_command)
 app.add_typer(route_command)
 app.add_typer(router_commands)
+app.add_typer(smoe_commands)
+app.add_typer(experiment_commands)
 
 OPEN_TO_ALL = (
     "anybody who reaches %s may use the models, since no API keys are set: start with --api-keys "
     "FILE, or listen on 127.0.0.1. Routes that administer are refused meanwhile."
 )
 _ADHOC = "A bank made on the spot"
+_ENGINE = "Engine vllm"
 _LIMITS = "Limits"
-_RUN_TIME = "Modules at run time"
+_RUN_TIME = "Modules and experiments at run time"
 _TOLD = "Access, log and metrics"
 DEMO_BANK = Path(__file__).parent / "demo_bank"
 
@@ -53,6 +59,7 @@ class EngineName(StrEnum):
     """What runs the model."""
 
     TORCH = "torch"
+    VLLM = "vllm"
 
 
 class LogFormat(StrEnum):
@@ -135,6 +142,20 @@ def serve(
     host: HostOption = None,
     port: PortOption = None,
     engine: Annotated[EngineName | None, typer.Option(help="What runs the model.")] = None,
+    vllm_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of vllm serve, as tensor_parallel_size=2; repeatable.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="vLLM servers to start. (default: 1)", rich_help_panel=_ENGINE
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     max_length: Annotated[
@@ -173,6 +194,14 @@ def serve(
             rich_help_panel=_RUN_TIME,
         ),
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Database of experiments, as SQLAlchemy writes it. (default: SQLite in --state)",
+            rich_help_panel=_RUN_TIME,
+        ),
+    ] = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(
@@ -203,7 +232,7 @@ def serve(
         "name": name,
         "host": host,
         "port": port,
-        "engine": engine,
+        "engine": _engine(engine, vllm_option or (), replicas),
         "device": device,
         "dtype": dtype,
         "max_length": max_length,
@@ -211,6 +240,7 @@ def serve(
         "module_roots": tuple(module_root or ()),
         "module_memory": module_memory,
         "state": state,
+        "database": database,
         "api_keys": None if api_keys is None else str(api_keys),
         "log_format": log_format,
         "metrics_compat": metrics_compat,
@@ -255,6 +285,7 @@ def inspect(
 
 def _serve(settings: ServeSettings) -> None:
     from .access.guard import is_loopback
+    from .experiments.declared import declare
     from .hosting import host_banks
     from .server import bind, configure_logging, run
     from .service import Service
@@ -263,17 +294,22 @@ def _serve(settings: ServeSettings) -> None:
     options = settings.service_options
     telemetry = settings.telemetry
     listening = bind(settings.host, settings.port)
-    folder = None
+    folder = experiments = None
     try:
         folder = settings.state_folder(listening.getsockname()[1])
+        experiments = settings.open_experiments(folder)
         policy = settings.policy(is_exposed=not is_loopback(listening.getsockname()[0]))
         with console.status("loading") as status:
             banks = settings.open_banks(report=status.update)
             say = _say if settings.log_format == "text" else logging.getLogger("mergeroute").info
             hosted = host_banks(banks, settings.placement, report=say)
-            service = Service(hosted, options, folder)
+            service = Service(hosted, options, folder, experiments)
+            if experiments and settings.experiments:
+                declare(experiments, settings.experiments, service.targets)
     except BaseException:
         listening.close()
+        if experiments:
+            experiments.close()
         if folder:
             folder.close()
         raise
@@ -291,6 +327,23 @@ def _say(text: str) -> None:
 
 def _print_json(document: dict[str, Any]) -> None:
     typer.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def _engine(
+    kind: EngineName | None, options: Sequence[str], replicas: int | None
+) -> dict[str, object]:
+    """What the command line says of the engine."""
+    named = {"kind": kind.value} if kind else {"kind": "vllm"} if options or replicas else {}
+    started = {"replicas": replicas} if replicas is not None else {}
+    values = {name: yaml.safe_load(value) for name, value in map(_name_and_value, options)}
+    return {**named, **started, **({"options": values} if values else {})}
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name:
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--vllm-option")
+    return name, value if equals else "true"
 
 
 def _modules(texts: Sequence[str]) -> dict[str, str]:

@@ -31,11 +31,11 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace the bank that is there.")] = False,
 ) -> None:
     """Merge experts of one base into a backbone, and compress what is exclusive to each."""
-    from ..adapters.recipe_file import read_recipe
+    from ..adapters.recipe_file import read_any_recipe
     from .building import build_bank, summary
 
     bank = build_bank(
-        read_recipe(recipe), out, force=force, device=device or "auto", console=console
+        read_any_recipe(recipe), out, force=force, device=device or "auto", console=console
     )
     Console(emoji=False).print(summary(bank))
     console.print(f"written to {escape(str(out))}", soft_wrap=True)
@@ -64,7 +64,14 @@ def fold(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--bytes", metavar="SIZE", help="Keep all modules, smaller: 2MB in all."),
+        typer.Option("--bytes", metavar="SIZE", help="Make modules smaller: 2MB in all."),
+    ] = None,
+    usage: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --to: what was used most is kept best. JSON, or what /metrics gave.",
+        ),
     ] = None,
     method: Annotated[
         Literal["svd", "lego"], typer.Option(help="How deltas are merged or shrunk.")
@@ -75,16 +82,17 @@ def fold(
     force: Annotated[bool, typer.Option("--force", help="Replace the bank that is there.")] = False,
 ) -> None:
     """Make a bank with fewer modules, or smaller ones; its router keeps working."""
+    from ..adapters.bank import Bank
     from ..adapters.fold import FoldSettings
     from .folding import fold_bank, summary
+    from .usage import read_usage
 
-    if (to is None) == (size is None):
-        raise UsageError(
-            "give either --to, a number of modules, or --bytes, a size for all of them"
-        )
+    if to is None and size is None:
+        raise UsageError("give --to, a number of modules, --bytes, a size for all, or both")
     settings = FoldSettings(
         to=to,
         nbytes=None if size is None else _size(size),
+        usage=None if usage is None else read_usage(usage, Bank.open(bank, verify=False)),
         method=method,
         name=name,
         force=force,

@@ -31,6 +31,7 @@ def doctor(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML (serve.yaml).")] = None,
     port: Annotated[int | None, typer.Option(help="Port that would be listened on.")] = None,
+    engine: Annotated[str | None, typer.Option(help="torch or vllm.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     fast: Annotated[bool, typer.Option("--fast", help="Load no backbone.")] = False,
@@ -40,7 +41,8 @@ def doctor(
 
     Without a bank or settings, only the installation is looked at. Exit status 1 after any error.
     """
-    overrides = {"banks": tuple(banks or ()), "port": port, "device": device, "dtype": dtype}
+    overrides: dict[str, object] = {"banks": tuple(banks or ()), "port": port}
+    overrides |= {"device": device, "dtype": dtype, "engine": {"kind": engine} if engine else None}
     findings = []
     with console.status("looking"):
         for finding in _examine(config, overrides, loads=not fast):

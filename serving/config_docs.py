@@ -26,7 +26,14 @@ everything is [examples/serve.yaml](../examples/serve.yaml). Relative paths are 
 file. What the command line says goes before what the file says. A key that is not here is \
 refused, and so is a value that is not allowed.
 """
-_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+_NAMES = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    type(None): "null",
+    Any: "value",
+}
 _RULES = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _SINGULAR = {"modules": "module", "module_roots": "module_root", "banks": "BANK"}
 
@@ -94,6 +101,8 @@ def _named(kind: Any) -> str:  # noqa: ANN401 - an annotation
         return " or ".join(f"`{value}`" for value in parts)
     if origin in (Union, types.UnionType):
         return " or ".join(map(_named, parts))
+    if origin is tuple and issubclass(parts[0], BaseModel):
+        return "list of keys with values"
     if origin is tuple:
         return f"list of {_named(parts[0])}s"
     if origin is dict:

@@ -37,7 +37,7 @@ def asked_for(body: GenerationBody, targets: Targets) -> Asked:
     Raises:
         ApiError: two fields ask for a blend, or one asks for what cannot be had.
     """
-    given = [field for field in _FIELDS if getattr(body, field) is not None]
+    given = fields_that_fix(body)
     if len(given) > 1:
         raise ApiError(
             f"{given[0]} and {given[1]} both fix the blend: give one of them", param=given[1]
@@ -46,6 +46,11 @@ def asked_for(body: GenerationBody, targets: Targets) -> Asked:
         return Asked(_module_of_backbone(body.model, targets))
     [field] = given
     return Asked(body.model, _FIELDS[field](getattr(body, field), targets), field)
+
+
+def fields_that_fix(body: GenerationBody) -> list[str]:
+    """The fields of a body that fix its blend."""
+    return [field for field in _FIELDS if getattr(body, field) is not None]
 
 
 def numbered(targets: Targets) -> list[tuple[str, HostedBank, str]]:

@@ -13,6 +13,7 @@ from ..runtime.loading import choose_device, choose_dtype
 from .doctor_bank import Examined, check_bank
 from .doctor_machine import check_device, check_host, check_installation
 from .doctor_memory import Estimate, check_memory, estimate
+from .doctor_vllm import check_servers
 from .findings import FaultError, Finding, required
 from .hosting import check_names, host_banks
 from .settings import ServeSettings
@@ -43,6 +44,11 @@ def _banks(settings: ServeSettings, loads: bool) -> Iterator[Finding]:
                 yield found
             else:
                 examined.append(found)
+    if settings.engine.kind == "vllm":
+        required("modules", lambda: check_names(banks, settings.placement))
+        is_sound = all(one.is_sound for one in examined)
+        yield from check_servers(settings, banks, loads and is_sound)
+        return
     device = choose_device(settings.device)
     memory = check_memory(_estimates(examined, settings, device), device)
     yield memory

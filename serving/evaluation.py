@@ -42,6 +42,8 @@ from .variants import (
     check_sources,
     given_experts,
     open_experts,
+    original_model,
+    recorded_moe,
     recorded_recipe,
     static_recipe,
 )
@@ -121,7 +123,13 @@ def evaluate(
             it was built from has changed.
         MergerouteError: something cannot be read, built or served.
     """
-    recipe = _checked_recipe(bank, options)
+    moe = recorded_moe(bank)
+    recipe = None if moe else _checked_recipe(bank, options)
+    if moe and options.compare:
+        raise BankError(
+            f"bank {bank.name!r} has merged experts of one sparse model, and static merges are of "
+            "dense experts: leave out --compare"
+        )
     examples = read_examples(data, needs=("task", "answer"))
     run = _Run(
         _first(examples, options.limit), metric(options.metric), options, placement, progress
@@ -135,6 +143,9 @@ def evaluate(
     if recipe and experts:
         given = given_experts(recipe, experts)
         results[EXPERTS] = [outcome for each in given for outcome in _ask_experts(run, each)]
+    if moe and options.experts:
+        original = GivenExperts(original_model(moe, sources=bank.sources), tuple(tasks), False)
+        results[EXPERTS] = _ask_experts(run, original)
     for name, merge in merges.items():
         results[name] = _ask_merge(run, name, merge, sources=bank.sources)
     paths = {expert.name: expert.path for expert in experts}
@@ -216,10 +227,9 @@ def _sizes(bank: Bank, experts: Mapping[str, Path]) -> Bytes:
 def _report(run: _Run, bank: Bank, results: Results, *, data: Path, sizes: Bytes) -> Report:
     tasks = list(dict.fromkeys(str(example.task) for example in run.examples))
     homes = _homes(run, bank)
-    known = {
-        *homes,
-        *(expert["name"] for expert in (bank.recipe or {}).get("experts", ())),
-    }
+    entries = (bank.recipe or {}).get("experts", ())
+    is_sparse = isinstance(entries, dict)  # experts of one model have no tasks of their own
+    known = {*tasks} if is_sparse else {*homes, *(expert["name"] for expert in entries)}
     is_routed = bank.router_path is not None
     figures = {
         task: figures_of(
@@ -230,12 +240,19 @@ def _report(run: _Run, bank: Bank, results: Results, *, data: Path, sizes: Bytes
     own = tuple(figures[task] for task in tasks if task in known)
     return Report(
         about=_about(run, bank, data, sizes.backbone),
-        systems={name: _WHAT.get(name, f"static merge {name}") for name in results},
+        systems={name: _what(name, is_sparse=is_sparse) for name in results},
         tasks=own,
         generic=tuple(figures[task] for task in tasks if task not in known),
         left_out=_left_out(own),
         notes=tuple(_notes(run, bank, own)),
     )
+
+
+def _what(system: str, *, is_sparse: bool) -> str:
+    """What a system is, in words. is_sparse: the bank has merged experts of one model."""
+    if is_sparse and system == EXPERTS:
+        return "the model as it was, with all its experts"
+    return _WHAT.get(system, f"static merge {system}")
 
 
 def _of_task(task: str, results: Results) -> dict[str, list[Outcome]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,10 +28,11 @@ def add_health_routes(app: FastAPI, service: Service) -> None:
     @app.api_route("/ready", methods=_METHODS, include_in_schema=False)
     @app.get("/health")
     @app.api_route("/health", methods=_METHODS, include_in_schema=False)
-    async def ready() -> dict[str, str]:
+    async def ready() -> dict[str, Any]:
         if reason := service.unready:
             raise ApiError(reason, status=503, code="not_ready")
-        return {"status": "ok"}
+        warnings = service.warnings
+        return {"status": "ok", **({"warnings": warnings} if warnings else {})}
 
 
 class Draining:

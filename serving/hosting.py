@@ -22,11 +22,14 @@ from ..adapters.errors import (
 from ..routers.base import Card, Decision, Query
 from ..routers.loading import load_router
 from ..routers.router import Router
+from ..runtime.engine import Engine
 from ..runtime.options import EngineOptions
 from ..runtime.residency import Residency
 from ..runtime.resident_set import Source
 from ..runtime.torch_engine import TorchEngine
 from ..runtime.types import GenerationRequest, SamplingParams, TokenGate
+from ..runtime.vllm.engine import VllmEngine
+from ..runtime.vllm.options import VllmOptions
 
 Report = Callable[[str], None]
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -38,7 +41,7 @@ class Placement:
 
     device, dtype: as on the command line. pinned: names of modules that stay in memory, bare or
     after their bank's name and a colon. prefetch: those that are read into memory as long as
-    there is room; None: all, bank by bank.
+    there is room; None: all, bank by bank. servers: of vLLM, which run the models then.
     """
 
     device: str = "auto"
@@ -46,6 +49,7 @@ class Placement:
     options: EngineOptions = field(default_factory=EngineOptions)
     pinned: tuple[str, ...] = ()
     prefetch: tuple[str, ...] | None = None
+    servers: VllmOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,14 @@ class HostedBank:
     changes: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
-    def engine(self) -> TorchEngine:
+    def engine(self) -> Engine:
         """What runs the backbone."""
         return self.residency.engine
+
+    @property
+    def upstream(self) -> VllmEngine | None:
+        """The engine, where bodies are passed on to it as they are."""
+        return self.engine if isinstance(self.engine, VllmEngine) else None
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped
@@ -213,19 +222,28 @@ class HostedBank:
 
 
 def host_banks(
-    banks: Sequence[Bank], placement: Placement = Placement(), *, report: Report = lambda _: None
+    banks: Sequence[Bank],
+    placement: Placement = Placement(),
+    *,
+    report: Report = lambda _: None,
+    starts: bool = True,
 ) -> list[HostedBank]:
     """Load banks; those on one backbone share its engine. On an error nothing stays behind.
 
-    report: told what was loaded, in sentences.
+    report: told what was loaded, in sentences. starts: start servers of vLLM, where they run it.
 
     Raises:
         MergerouteError: a bank cannot be served.
     """
     check_names(banks, placement)
     residencies: dict[str, Residency] = {}
+    check_servers(banks, placement)
     try:
-        return [_host(bank, residencies, placement, report) for bank in banks]
+        hosted = [_host(bank, banks, residencies, placement, report) for bank in banks]
+        for residency in residencies.values():
+            if starts and isinstance(residency.engine, VllmEngine):
+                residency.engine.start(report)
+        return hosted
     except BaseException:
         for residency in residencies.values():
             residency.stop()
@@ -233,21 +251,16 @@ def host_banks(
 
 
 def _host(
-    bank: Bank, residencies: dict[str, Residency], placement: Placement, report: Report
+    bank: Bank,
+    banks: Sequence[Bank],
+    residencies: dict[str, Residency],
+    placement: Placement,
+    report: Report,
 ) -> HostedBank:
     backbone = bank.backbone
     if backbone.digest not in residencies:
-        engine = TorchEngine.load(
-            backbone.path,
-            device=placement.device,
-            dtype=placement.dtype,
-            options=placement.options,
-        )
+        engine = _engine(bank, banks, placement, report)
         residencies[backbone.digest] = Residency(engine)
-        report(
-            f"backbone {backbone.name} {short(backbone.digest)}: {engine.model.device}, "
-            f"{str(engine.model.dtype).removeprefix('torch.')}, context {engine.max_length:,}"
-        )
     residency = residencies[backbone.digest]
     shared = None
     if bank.shared is not None:
@@ -278,6 +291,50 @@ def _host(
     )
     hosted.check_router()
     return hosted
+
+
+def _engine(bank: Bank, banks: Sequence[Bank], placement: Placement, report: Report) -> Engine:
+    """What runs a bank's backbone. banks: all that are hosted."""
+    backbone = bank.backbone
+    name = f"backbone {backbone.name} {short(backbone.digest)}"
+    if placement.servers is None:
+        engine = TorchEngine.load(
+            backbone.path,
+            device=placement.device,
+            dtype=placement.dtype,
+            options=placement.options,
+        )
+        dtype = str(engine.model.dtype).removeprefix("torch.")
+        report(f"{name}: {engine.model.device}, {dtype}, context {engine.max_length:,}")
+        return engine
+    alike = [one for one in banks if one.backbone.digest == backbone.digest]
+    entries = [(one, e) for one in alike for e in (*one.modules, *filter(None, [one.shared]))]
+    ranks = [one.load(entry).rank for one, entry in entries]
+    servers = VllmEngine(
+        backbone.path,
+        backbone.shapes,
+        placement.servers,
+        modules=(len(ranks), max(ranks, default=0)),
+        device=placement.device,
+        dtype=placement.dtype,
+        options=placement.options,
+    )
+    report(f"{name}: {len(servers.replicas)} vLLM servers, context {servers.max_length:,}")
+    return servers
+
+
+def check_servers(banks: Sequence[Bank], placement: Placement) -> None:
+    """Servers that run already have one backbone.
+
+    Raises:
+        BankError: the banks have several.
+    """
+    backbones = {bank.backbone.digest: bank.backbone.name for bank in banks}
+    if placement.servers and placement.servers.urls and len(backbones) > 1:
+        raise BankError(
+            f"engine.urls names servers of one backbone, and the banks stand on "
+            f"{', '.join(sorted(backbones.values()))}: serve them by a gateway each"
+        )
 
 
 def _register(
@@ -323,7 +380,7 @@ def _names(bank: Bank, module: BankModule) -> tuple[str, str]:
     return module.name, f"{bank.name}:{module.name}"
 
 
-def _router(bank: Bank, engine: TorchEngine) -> Router | None:
+def _router(bank: Bank, engine: Engine) -> Router | None:
     if bank.router_path is None:
         return None
     return load_router(bank.router_path, encode=engine.encode, backbone=bank.backbone.digest)

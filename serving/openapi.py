@@ -13,6 +13,14 @@ from pydantic import TypeAdapter
 
 from . import answers
 from .access.scopes import access_to
+from .experiments.definition import Experiment
+from .experiments.schemas import (
+    ChangeRequest,
+    FeedbackRequest,
+    PromoteRequest,
+    RampRequest,
+    ReplayRequest,
+)
 from .modules.schemas import LoadModuleRequest, UnloadModuleRequest
 from .schemas.completions import ChatRequest, CompletionRequest
 from .schemas.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
@@ -26,6 +34,7 @@ _REF = "#/components/schemas/{model}"
 class Call:
     """What a route takes and gives; answer None: it answers with errors alone. as_text: the answer
     is plain text. streams: it may come as server-sent events. reads_file: the body is an archive.
+    status: of the answer; 204 has none.
     """
 
     body: Any = None
@@ -33,6 +42,7 @@ class Call:
     as_text: bool = False
     streams: bool = False
     reads_file: bool = False
+    status: int = 200
 
 
 CALLS: Mapping[tuple[str, str], Call] = {
@@ -49,6 +59,20 @@ CALLS: Mapping[tuple[str, str], Call] = {
     ("post", "/detokenize"): Call(DetokenizeRequest, answers.Text),
     ("get", "/v1/models"): Call(answer=answers.ModelList),
     ("get", "/v1/models/{name}"): Call(answer=answers.Model),
+    ("post", "/v1/feedback"): Call(FeedbackRequest, answers.Feedback),
+    ("post", "/v1/replay"): Call(ReplayRequest, answers.Replay),
+    ("get", "/v1/experiments"): Call(answer=answers.ExperimentList),
+    ("post", "/v1/experiments"): Call(Experiment, answers.Experiment, status=201),
+    ("get", "/v1/experiments/{name}"): Call(answer=answers.Experiment),
+    ("patch", "/v1/experiments/{name}"): Call(RampRequest, answers.Experiment),
+    ("delete", "/v1/experiments/{name}"): Call(status=204),
+    ("get", "/v1/experiments/{name}/versions"): Call(answer=answers.ExperimentList),
+    ("get", "/v1/experiments/{name}/results"): Call(answer=answers.ExperimentResults),
+    ("post", "/v1/experiments/{name}/start"): Call(ChangeRequest, answers.Experiment),
+    ("post", "/v1/experiments/{name}/pause"): Call(ChangeRequest, answers.Experiment),
+    ("post", "/v1/experiments/{name}/conclude"): Call(ChangeRequest, answers.Experiment),
+    ("post", "/v1/experiments/{name}/promote"): Call(PromoteRequest, answers.Experiment),
+    ("post", "/v1/experiments/{name}/rollback"): Call(ChangeRequest, answers.Experiment),
     ("get", "/v1/modules"): Call(answer=answers.ModuleList),
     ("get", "/v1/modules/{name}"): Call(answer=answers.Module),
     ("post", "/v1/load_lora_adapter"): Call(LoadModuleRequest, str, as_text=True),
@@ -131,7 +155,9 @@ def _described(method: str, path: str, call: Call, schemas: Mapping[_Key, Any]) 
         content = {kind: {"schema": schemas.get((method, path, "answer"), {})}}
         if call.streams:
             content[_EVENTS] = {"schema": {"type": "string"}}
-        answered = {"200": {"description": "Success", "content": content}}
+        answered = {str(call.status): {"description": "Success", "content": content}}
+    elif call.status == 204:
+        answered = {"204": {"description": "Success"}}
     refused = {
         "4XX": {"description": "The request is at fault, or there are too many", **error},
         "5XX": {"description": "The server is at fault, or not ready", **error},

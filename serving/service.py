@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..adapters.errors import UnknownModuleError
 from ..routers.conversation import Stickiness
-from ..runtime.torch_engine import TorchEngine
 from . import choices
+from .access.callers import Caller
+from .access.checks import check_generation
 from .access.limits import DEFAULT_LIMITS, Limits
 from .assigning import Assigner, Assignment
 from .choices import Choice
 from .context import NO_CONTEXT, Context
 from .errors import ApiError
+from .experiments.listing import experiment_entries
+from .experiments.plan import NO_PLAN, Plan
+from .experiments.planning import plan_of
+from .experiments.snapshots import NO_EXPERIMENTS
 from .formats.tool_parsers import ParserName
 from .hosting import HostedBank
 from .modules.live import LiveModules
 from .modules.sources import Sources
 from .modules.state import StateFolder
 from .pressure import DEFAULT_PRESSURE, Pressure
+from .relay import relays
+from .relay.bodies import RelayedChat, RelayedText
 from .responses.decisions import route_object
 from .schemas.completions import GenerationBody
 from .sessions import Sessions
 from .targets import Targets
 from .terms import NO_TERMS, Terms, in_time, terms_of
+
+if TYPE_CHECKING:
+    from .experiments.live import LiveExperiments
+    from .telemetry.record import RequestRecord
 
 _Result = TypeVar("_Result")
 
@@ -59,7 +70,7 @@ class Service:
     """Everything between HTTP and the engines.
 
     modules: those that can be asked for now. folder: where their loads and unloads are kept, so
-    that they outlive the process; closed by `stop`.
+    that they outlive the process; closed by `stop`. experiments: None: there can be none.
     """
 
     def __init__(
@@ -67,9 +78,17 @@ class Service:
         hosted: Sequence[HostedBank],
         options: ServiceOptions = ServiceOptions(),
         folder: StateFolder | None = None,
+        experiments: LiveExperiments | None = None,
     ) -> None:
         self._options = options
         self.modules = LiveModules(hosted, _sources(options, folder), folder)
+        self.experiments = experiments
+        if experiments:
+            from .experiments.monitor import Monitor
+            from .experiments.shadow import Shadows
+
+            experiments.watch(Monitor(experiments, lambda: self.targets).look)
+            self._shadows = Shadows(self, experiments)
         self.is_draining = False
         self._sessions = Sessions(options.sessions, options.idle_s)
         self._assigner = Assigner(
@@ -86,8 +105,23 @@ class Service:
         """The banks that answer now."""
         return self.targets.hosted
 
-    async def start(self, body: GenerationBody, context: Context = NO_CONTEXT) -> list[Choice]:
+    def plan(self, body: GenerationBody, context: Context = NO_CONTEXT) -> Plan:
+        """What experiments make of a request; nothing is recorded.
+
+        Raises:
+            ApiError: it asks for an experiment in a way that it cannot be asked for.
+        """
+        if self.experiments is None:
+            return plan_of(body, context, NO_EXPERIMENTS)
+        check_generation(body, self.limits)
+        return self.experiments.plan(body, context)
+
+    async def start(
+        self, body: GenerationBody, context: Context = NO_CONTEXT, plan: Plan = NO_PLAN
+    ) -> list[Choice]:
         """Assign a body's prompts, start all their choices, and remember what was decided.
+
+        plan: what experiments make of the request.
 
         Raises:
             MergerouteError: as `assign`; or an engine refuses a choice; or its time is up.
@@ -95,7 +129,11 @@ class Service:
         terms = terms_of(context, self.pressure.request_timeout_seconds)
 
         async def attempt(targets: Targets) -> list[Choice]:
-            assignments = await asyncio.to_thread(self._assigner.assign, body, context, targets)
+            assignments = await asyncio.to_thread(
+                self._assigner.assign, body, context, targets, plan
+            )
+            if isinstance(body, RelayedChat | RelayedText):
+                return await relays.start(body, assignments, terms)
             return await choices.start(body, assignments, terms)
 
         started = await in_time(self._settled(attempt), terms)
@@ -104,7 +142,9 @@ class Service:
                 self._sessions.record(choice.assignment.session, choice.assignment.decision)
         return started
 
-    async def assign(self, body: GenerationBody, context: Context = NO_CONTEXT) -> list[Assignment]:
+    async def assign(
+        self, body: GenerationBody, context: Context = NO_CONTEXT, plan: Plan = NO_PLAN
+    ) -> list[Assignment]:
         """Decide for every prompt of a body what serves it; off the event loop, since routing runs
         a part of the backbone.
 
@@ -113,7 +153,7 @@ class Service:
         """
 
         async def attempt(targets: Targets) -> list[Assignment]:
-            return await asyncio.to_thread(self._assigner.assign, body, context, targets)
+            return await asyncio.to_thread(self._assigner.assign, body, context, targets, plan)
 
         return await self._settled(attempt)
 
@@ -134,7 +174,7 @@ class Service:
             MergerouteError: as serving would.
         """
         terms = terms_of(context, self.pressure.request_timeout_seconds)
-        assignments = await in_time(self.assign(body, context), terms)
+        assignments = await in_time(self.assign(body, context, self.plan(body, context)), terms)
         if len(assignments) > 1:
             raise ApiError("a preview takes one prompt at a time", param="prompt")
         return route_object(assignments[0])
@@ -148,6 +188,11 @@ class Service:
             except UnknownModuleError:
                 if targets is self.targets:
                     raise
+
+    @property
+    def relays(self) -> bool:
+        """Whether bodies are passed on to engines as they are."""
+        return self.hosted[0].upstream is not None
 
     @property
     def limits(self) -> Limits:
@@ -164,17 +209,48 @@ class Service:
         """Why no requests should be sent here; None: they should."""
         if self.is_draining:
             return "the server is shutting down"
-        return _ailment((h.engine for h in self.hosted), self.pressure.watchdog_seconds)
+        ailments = (h.engine.ailment(self.pressure.watchdog_seconds) for h in self.hosted)
+        return next(filter(None, ailments), None)
+
+    def listed_experiments(self, caller: Caller) -> list[dict[str, Any]]:
+        """The experiments that a key may ask for, in the shape of /v1/models."""
+        snapshot = self.experiments.snapshot if self.experiments else NO_EXPERIMENTS
+        return list(experiment_entries(snapshot, self.targets, caller))
+
+    def is_experiment(self, name: str) -> bool:
+        """Whether an experiment has this name."""
+        return self.experiments is not None and name in self.experiments.snapshot.by_name
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is not as it should be, though requests are answered."""
+        return self.experiments.warnings(self.targets) if self.experiments else []
+
+    def finish(self, record: RequestRecord) -> None:
+        """A request is over."""
+        if self.experiments:
+            self.experiments.finish(record)
+            self._shadows.offer(record)
 
     def drain(self) -> None:
         """Be ready for no more requests; those that run go on."""
         self.is_draining = True
+        if self.experiments:
+            self._shadows.stop()
 
     def stop(self) -> None:
         """End all generations and free the engines."""
+        if self.experiments:
+            self._shadows.stop()
         for residency in {id(h.residency): h.residency for h in self.hosted}.values():
             residency.stop()
         self.modules.close()
+
+    def close(self) -> None:
+        """Stop, and bring what was recorded of requests, which have all ended by now, to safety."""
+        self.stop()
+        if self.experiments:
+            self.experiments.close()
 
 
 def _sources(options: ServiceOptions, folder: StateFolder | None) -> Sources:
@@ -185,17 +261,3 @@ def _sources(options: ServiceOptions, folder: StateFolder | None) -> Sources:
         hub=options.hub,
         uploads=folder.uploads if folder and options.uploads else None,
     )
-
-
-def _ailment(engines: Iterable[TorchEngine], watchdog_s: float) -> str | None:
-    """Why the engines cannot be relied on; None where they can."""
-    for engine in engines:
-        silent_s = engine.stats().silent_s
-        if not engine.is_running:
-            return "an engine has stopped: restart the server"
-        if silent_s > watchdog_s:
-            return (
-                f"an engine has been in one step for {silent_s:.0f} s, the limit is "
-                f"{watchdog_s:g} s (pressure.watchdog_seconds): wait, or restart the server"
-            )
-    return None

@@ -18,12 +18,15 @@ from pydantic import (
 
 from .access.limits import DEFAULT_LIMITS, Limits
 from .errors import SettingsError
+from .experiments.definition import Experiment
 from .pressure import DEFAULT_PRESSURE, Pressure
+from .settings_engine import EngineSettings
 from .settings_sections import ConversationSettings, ModuleSourceSettings
 
 if TYPE_CHECKING:  # torch takes seconds to import, which --help need not
     from ..adapters.bank import Bank
     from .access.guard import Policy
+    from .experiments.live import LiveExperiments
     from .hosting import Placement, Report
     from .modules.state import StateFolder
     from .service import ServiceOptions
@@ -53,7 +56,9 @@ class ServeSettings(BaseModel):
     name: str = Field("adhoc", description="name of the bank made of backbone and modules")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="port; 0 takes a free one")
-    engine: Literal["torch"] = Field("torch", description="what runs the model")
+    engine: EngineSettings = Field(
+        EngineSettings(), description="what runs the models: torch, vllm, or keys with values"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
     max_length: int | None = Field(
@@ -85,6 +90,14 @@ class ServeSettings(BaseModel):
         None,
         description="folder that loads and unloads are kept in, for a restart; none: nowhere. "
         "null: ~/.local/state/mergeroute/PORT, or nowhere where the port is 0",
+    )
+    database: str | None = Field(
+        None,
+        description="SQLAlchemy URL of the database of experiments, which several servers may "
+        "share; null: a SQLite file in the state folder",
+    )
+    experiments: tuple[Experiment, ...] = Field(
+        (), description="experiments that are made and started, as POST /v1/experiments takes them"
     )
     conversations: ConversationSettings = Field(
         ConversationSettings(), description="how conversations are routed"
@@ -136,12 +149,26 @@ class ServeSettings(BaseModel):
             raise ValueError("modules need a backbone: name one")
         if not (self.banks or self.backbone):
             raise ValueError("name a bank, or a backbone with modules")
-        if self.module_memory is None and (self.pinned_modules or self.prefetch_modules != "all"):
+        self._suits_engine()
+        limits_memory = self.module_memory is not None or self.engine.module_slots is not None
+        if not limits_memory and (self.pinned_modules or self.prefetch_modules != "all"):
             raise ValueError(
                 "pinned_modules and prefetch_modules need module_memory: without it all modules "
                 "stay in memory; state it, or leave them out"
             )
         return self
+
+    def _suits_engine(self) -> None:
+        if self.engine.kind == "vllm" and self.module_memory is not None:
+            raise ValueError(
+                "module_memory is for the engine torch: inside vLLM modules take slots, state "
+                "engine.module_slots instead"
+            )
+        if self.engine.kind == "vllm" and self.tool_parser != "auto":
+            raise ValueError(
+                "tool_parser is for the engine torch: state engine.options: {tool_call_parser: "
+                "..., enable_auto_tool_choice: true} instead"
+            )
 
     @property
     def placement(self) -> Placement:
@@ -162,6 +189,7 @@ class ServeSettings(BaseModel):
             options=options,
             pinned=self.pinned_modules,
             prefetch=None if self.prefetch_modules == "all" else self.prefetch_modules,
+            servers=self.engine.servers,
         )
 
     @property
@@ -216,6 +244,25 @@ class ServeSettings(BaseModel):
         if path is None or (self.state is None and not _is_made(path)):
             return None
         return StateFolder(path)
+
+    def open_experiments(self, folder: StateFolder | None) -> LiveExperiments | None:
+        """Experiments, whose records are kept in the folder until the database has them; None where
+        there is no folder.
+
+        Raises:
+            SettingsError: there should be some, and there is no folder; or the database cannot be
+                used.
+        """
+        if folder is None:
+            if self.database or self.experiments:
+                raise SettingsError(
+                    "experiments are kept in the state folder until the database has them: name "
+                    "one with --state"
+                )
+            return None
+        from .experiments.live import LiveExperiments
+
+        return LiveExperiments(self.database, folder.folder)
 
     @property
     def telemetry(self) -> Telemetry:

@@ -13,8 +13,10 @@ from pydantic_core import ErrorDetails
 from ..adapters.unique_yaml import load_yaml
 from .errors import SettingsError, UsageError
 from .settings import NO_STATE, ServeSettings
+from .settings_engine import merged
 
 _PATHS = {"banks": list, "modules": dict, "module_roots": list, "api_keys": str}
+_ENGINE_PATHS = ("modules_folder", "logs")
 _SHOWN = 60
 _RULES = {
     "tuple_type": "it must be a list",
@@ -34,7 +36,10 @@ def read_settings(path: Path | None, overrides: Mapping[str, object]) -> ServeSe
         UsageError: what the command line says is not.
     """
     said = {key: value for key, value in overrides.items() if value not in (None, (), {})}
-    values = (_read_file(path) if path else {}) | said
+    stated = _read_file(path) if path else {}
+    values = stated | said
+    if "engine" in said:
+        values["engine"] = merged(stated.get("engine"), said["engine"])
     if path and (untrue := _bare_truths(values, ServeSettings)):
         raise SettingsError("\n".join(f"{path}: {fault}" for fault in untrue))
     try:
@@ -57,6 +62,9 @@ def _read_file(path: Path) -> dict[str, object]:
     for key, kind in _PATHS.items():
         if isinstance(values.get(key), kind):
             values[key] = _beside(path, values[key])
+    if isinstance(engine := values.get("engine"), dict):
+        paths = {key: _beside(path, engine[key]) for key in _ENGINE_PATHS if key in engine}
+        values["engine"] = {**engine, **paths}
     if values.get("state", NO_STATE) not in (NO_STATE, None):
         values["state"] = _beside(path, values["state"])
     if (path.parent / str(values.get("backbone"))).exists():  # else a hub id
@@ -120,6 +128,9 @@ def _told(path: tuple[str, ...], errors: Sequence[ErrorDetails], values: object)
         model = section_of(model, part) or model
         values = values.get(part) if isinstance(values, dict) else None
     name = ".".join(path)
+    if path == ("experiments",):  # a list of documents: the place in it is told, too
+        where = ".".join(map(str, errors[0]["loc"]))
+        return f"{where}: {_rule(errors[0])}"
     if errors[0]["type"] == "extra_forbidden":
         return f"{name} is no setting: {_nearest(path[-1], model)}"
     if errors[0]["type"] == "value_error":  # ours, which states value, rule and remedy

@@ -18,12 +18,15 @@ _BLEND = "blend:"
 
 @dataclass(frozen=True)
 class Target:
-    """A resolved target. blend: fixed by the target; None: the bank's router decides."""
+    """A resolved target. blend: fixed by the target; None: the bank's router decides.
+    warning: why this is not what was meant to answer.
+    """
 
     name: str
     hosted: HostedBank
     blend: Blend | None
     reason: str = ""
+    warning: str = ""
 
 
 class Targets:
@@ -91,6 +94,10 @@ class Targets:
     def is_taken(self, name: str) -> bool:
         """Whether a bank or a backbone has this name."""
         return name in self.banks or name in self._backbones
+
+    def is_known(self, name: str) -> bool:
+        """Whether a bank, a backbone or a module has this name."""
+        return self.is_taken(name) or name in self._modules
 
     def replacing(self, before: HostedBank, after: HostedBank) -> Targets:
         """The same targets with a bank in another one's place.

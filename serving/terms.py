@@ -22,10 +22,12 @@ class Terms:
     """On whose account a request runs, and until when.
 
     tenant: None: nobody's. deadline: on the monotonic clock; None: there is none.
+    request_id: as the answer's header states it.
     """
 
     tenant: str | None = None
     deadline: float | None = None
+    request_id: str = ""
 
 
 NO_TERMS = Terms()
@@ -39,7 +41,8 @@ def terms_of(context: Context, most_s: float | None) -> Terms:
     """
     tenant = None if context.caller is ANYBODY else context.caller.name
     seconds = min(filter(None, (most_s, _asked_s(context.headers))), default=None)
-    return Terms(tenant, None if seconds is None else time.monotonic() + seconds)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    return Terms(tenant, deadline, context.request_id)
 
 
 def timed_out() -> ApiError:

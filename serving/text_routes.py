@@ -150,7 +150,7 @@ _NOTHING = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
 
 def _check_dimensions(body: EmbeddingRequest, hosted: HostedBank) -> None:
-    width = hosted.engine.model.config.get_text_config().hidden_size
+    width = hosted.engine.width
     if body.dimensions is not None and body.dimensions > width:
         raise ApiError(
             f"dimensions is {body.dimensions}, this backbone's embeddings have {width}",

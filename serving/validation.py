@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -50,7 +50,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     Raises:
         ApiError: it is too large, no JSON object, or holds what is no text.
     """
-    return await _read_as(request, _parsed)
+    return await read_as(request, lambda document: document)
 
 
 async def read_body(
@@ -63,20 +63,23 @@ async def read_body(
     """
     limits: Limits = request.state.limits
 
-    def validated(content: bytes) -> _Body:
-        document = _parsed(content)
+    def validated(document: dict[str, Any]) -> _Body:
         check_messages(document.get("messages"), limits)
         return validate(document, chat if chat and "messages" in document else kind)
 
-    return await _read_as(request, validated)
+    return await read_as(request, validated)
 
 
-async def _read_as(request: Request, understand: Callable[[bytes], _Result]) -> _Result:
-    """What a body says; a long one is understood off the event loop."""
+async def read_as(request: Request, understand: Callable[[dict[str, Any]], _Result]) -> _Result:
+    """What a body says; a long one is understood off the event loop.
+
+    Raises:
+        ApiError: as `read_json`; or what `understand` raises.
+    """
     content = await _read(request)
     if len(content) <= _INLINE_BYTES:
-        return understand(content)
-    return await asyncio.to_thread(understand, content)
+        return understand(_parsed(content))
+    return await asyncio.to_thread(lambda: understand(_parsed(content)))
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -131,13 +134,22 @@ def validate(document: Mapping[str, Any], kind: type[_Body]) -> _Body:
     """
     try:
         body = without_no_effect(document)
-        if unknown := sorted(body.keys() - kind.model_fields.keys()):
-            raise _unsupported(unknown[0])
+        refuse_unknown(body.keys() - kind.model_fields.keys())
         return kind.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
         raise _explained(_most_specific(error)) from error
     except RecursionError as error:
         raise ApiError("the body is nested too deeply") from error
+
+
+def refuse_unknown(names: Collection[str]) -> None:
+    """Refuse parameters by name.
+
+    Raises:
+        ApiError: there is one.
+    """
+    if names:
+        raise _unsupported(min(names))
 
 
 def _most_specific(error: ValidationError) -> Mapping[str, Any]:

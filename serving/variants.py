@@ -15,6 +15,7 @@ from ..adapters.errors import BankError, RecipeError
 from ..adapters.experts import Base, Expert, LoraExpert, open_expert, source_digest
 from ..adapters.merging.methods import find_method
 from ..adapters.recipe import Recipe
+from ..adapters.smoe.recipe import MoeRecipe
 
 _KEPT = ("base", "experts", "kinds", "calibration", "seed", "dtype")
 
@@ -45,11 +46,45 @@ def recorded_recipe(bank: Bank) -> Recipe | None:
             {**kept, "name": "static-merge", "modules": {"method": "none"}}
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        raise _damaged(bank, error) from error
+
+
+def _damaged(bank: Bank, error: ValidationError) -> BankError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return BankError(
+        f"the recipe that bank {bank.name!r} records is damaged at {where!r}: {first['msg']}"
+    )
+
+
+def recorded_moe(bank: Bank) -> MoeRecipe | None:
+    """What a bank with merged experts of one sparse model was built from; None of other banks.
+
+    Raises:
+        BankError: the record is damaged, or of a newer version.
+    """
+    if not isinstance((bank.recipe or {}).get("experts"), dict):
+        return None
+    try:
+        return MoeRecipe.model_validate(bank.recipe)
+    except ValidationError as error:
+        raise _damaged(bank, error) from error
+
+
+def original_model(recipe: MoeRecipe, *, sources: Mapping[str, str]) -> Bank:
+    """The sparse model that a bank's experts were merged of, as a bank of its own.
+
+    Raises:
+        BackboneError: it is missing or damaged.
+        BankError: it is no longer what the bank was built from.
+    """
+    model = Backbone.open(recipe.base, name="the original")
+    if model.digest != sources.get("base", model.digest):
         raise BankError(
-            f"the recipe that bank {bank.name!r} records is damaged at {where!r}: {first['msg']}"
-        ) from error
+            f"the base at {recipe.base} has digest {model.digest}, the bank was built from "
+            f"{sources['base']}: put the same files there, or build the bank again"
+        )
+    return Bank.adhoc("original", model, [])
 
 
 def open_experts(

@@ -33,6 +33,22 @@ def resolve_for(
     raise _not_allowed(caller, model)
 
 
+def may_name(caller: Caller, name: str) -> bool:
+    """Whether a key's list of targets has this very name, or the key has no such list."""
+    return caller.targets is None or name in caller.targets
+
+
+def check_named(caller: Caller, name: str) -> None:
+    """Refuse what a key's list of targets does not name, as if it were not there. An experiment is
+    allowed by its own name: who may ask for it gets whatever its variants answer from.
+
+    Raises:
+        ApiError: the key may not ask for it.
+    """
+    if not may_name(caller, name):
+        raise _not_allowed(caller, name)
+
+
 @contextmanager
 def names_hidden(caller: Caller, model: str) -> Iterator[None]:
     """A name that is not allowed is answered as one that is not there, and no error tells a key of

@@ -19,6 +19,7 @@ __all__ = ["Audience", "Bandit", "Experiment", "Guardrail", "MetricSettings", "S
 ASSIGNMENT_HEADER = "x-mergeroute-assignment-key"
 HEADER_UNIT = "header:"
 MAX_VARIANTS = 20
+DEFAULT_STORE_DAYS = 7.0
 _UNITS = ("user", "session", "api_key", "request")
 _Salt = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 """Neither a colon, so that no experiment is hashed like a layer, nor a zero byte."""
@@ -88,6 +89,9 @@ class Experiment(Section):
     feedback_days: float = Field(7, gt=0, le=365, description="how long feedback is accepted")
     store_requests: bool = Field(
         False, description="keep requests and answers, in full, for replay"
+    )
+    store_days: float = Field(
+        DEFAULT_STORE_DAYS, gt=0, le=365, description="how long these are kept"
     )
     alpha: float = Field(0.05, gt=0, lt=0.5, description="rate of false alarms that is accepted")
 

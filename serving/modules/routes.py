@@ -28,6 +28,13 @@ def add_module_routes(app: FastAPI, service: Service) -> None:
     async def load(request: Request) -> Response:
         async def loaded() -> Response:
             body = validate(await read_json(request), LoadModuleRequest)
+            if service.is_experiment(body.lora_name):
+                raise ApiError(
+                    f"{body.lora_name!r} is the name of an experiment: choose another",
+                    status=409,
+                    param="lora_name",
+                    code="conflict",
+                )
             change = await service.modules.load(body)
             text = f"Success: LoRA adapter '{body.lora_name}' added successfully.\n{change.basis}"
             return PlainTextResponse(text, headers={_GENERATION: str(change.generation)})

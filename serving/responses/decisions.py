@@ -16,6 +16,7 @@ def blend_text(decision: Decision) -> str:
 def route_object(assignment: Assignment) -> dict[str, Any]:
     """The response of /v1/route."""
     decision, bank = assignment.decision, assignment.hosted.bank
+    enrolment = assignment.enrolment
     return {
         "object": "route",
         "target": assignment.target.name,
@@ -34,6 +35,6 @@ def route_object(assignment: Assignment) -> dict[str, Any]:
         "basis": dict(decision.basis),
         "routing": decision.token_routing.settings if decision.token_routing else None,
         "milliseconds": round(decision.milliseconds, 3),
-        "experiment": None,
-        "variant": None,
+        "experiment": enrolment.experiment if enrolment else None,
+        "variant": enrolment.variant if enrolment else None,
     }

@@ -26,6 +26,14 @@ class Progress:
     arrivals: list[float] = field(default_factory=list)
     logprobs: list[TokenEvent] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    told_prompt_tokens: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of its prompt, as the engine that was passed the body told, else as it was rendered."""
+        if self.told_prompt_tokens is not None:
+            return self.told_prompt_tokens
+        return len(self.choice.assignment.prompt.token_ids)
 
     def add(self, event: TokenEvent) -> None:
         """Take one event in."""
@@ -42,16 +50,16 @@ class Progress:
 
 def usage(progress: Sequence[Progress]) -> dict[str, Any]:
     """Tokens of all choices; a prompt counts once, whatever n."""
-    first_of_prompt = {id(p.choice.assignment): p.choice for p in reversed(progress)}
+    first_of_prompt = {id(p.choice.assignment): p for p in reversed(progress)}
     prompts = list(first_of_prompt.values())
-    prompt_tokens = sum(len(c.assignment.prompt.token_ids) for c in prompts)
+    prompt_tokens = sum(p.prompt_tokens for p in prompts)
     completion_tokens = sum(p.completion_tokens for p in progress)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": sum(c.generation.cached_tokens for c in prompts),
+            "cached_tokens": sum(p.choice.generation.cached_tokens for p in prompts),
             "audio_tokens": 0,
         },
         "completion_tokens_details": {

@@ -31,12 +31,14 @@ _FREE = (
     "blend",
     "chat_template_kwargs",
     "guided_json",
+    "headers",
     "logit_bias",
     "metadata",
     "response_format",
     "routing",
     "structured_outputs",
     "tools",
+    "weights",
 )
 """Objects whose keys are the caller's, and no parameters."""
 

@@ -89,6 +89,12 @@ RECORDED: Sequence[Spec] = (
     Spec("prompt_tokens", "counter", "Tokens of prompts that were answered", ("bank",)),
     Spec("cached_tokens", "counter", "Tokens of these that were in the prefix cache", ("bank",)),
     Spec("completion_tokens", "counter", "Tokens of answers", ("bank",)),
+    Spec(
+        "exposures",
+        "counter",
+        "Requests that were given a variant, forced ones too",
+        ("experiment", "variant"),
+    ),
 )
 """Counted as requests end."""
 
@@ -155,6 +161,25 @@ RESIDENCY = {
 }
 """By field of ResidencyStats, read when asked for."""
 
+REPLICAS = {
+    "is_ready": Spec(
+        "replica_ready",
+        "gauge",
+        "1: the vLLM server takes requests, 0: it starts, or does not answer",
+        ("backbone", "replica"),
+    ),
+    "in_flight": Spec(
+        "replica_requests", "gauge", "Requests on a vLLM server", ("backbone", "replica")
+    ),
+    "restarts": Spec(
+        "replica_restarts", "counter", "Times a server was started again", ("backbone", "replica")
+    ),
+    "modules": Spec(
+        "replica_modules", "gauge", "Modules that it serves", ("backbone", "replica")
+    ),
+}
+"""By field of ReplicaState, where vLLM runs the models."""
+
 COLD_LOADS = Spec(
     "module_cold_load_seconds",
     "summary",
@@ -168,12 +193,37 @@ MODULE_RESIDENT = Spec(
     ("bank", "module"),
 )
 
+FEEDBACK = Spec("feedback", "counter", "Feedback that was kept", ("experiment", "metric"))
+PAUSES = Spec("guardrail_pauses", "counter", "Pauses by guardrails", ("experiment",))
+SHADOWS = Spec(
+    "shadows",
+    "counter",
+    "Requests drawn to be answered once more: started; compared: stored with its pair; dropped: "
+    "there was no capacity to spare, before it started or later; failed",
+    ("experiment", "result"),
+)
+EXPERIMENTS = {
+    "database_up": Spec(
+        "database_up", "gauge", "1: the database of experiments answers, 0: records wait", ()
+    ),
+    "backlog": Spec("records_backlog", "gauge", "Records that are not in the database yet", ()),
+    "backlog_bytes": Spec("records_backlog_bytes", "gauge", "Size of these on disk", ()),
+    "dropped": Spec("records_dropped", "counter", "Records there was no room for on disk", ()),
+    "refused": Spec("records_refused", "counter", "Records that the database does not take", ()),
+}
+"""By key of LiveExperiments.status, where there can be experiments."""
+
 CATALOGUE: Sequence[Spec] = (
     *RECORDED,
     *ENGINE.values(),
     *RESIDENCY.values(),
+    *REPLICAS.values(),
     COLD_LOADS,
     MODULE_RESIDENT,
+    FEEDBACK,
+    PAUSES,
+    SHADOWS,
+    *EXPERIMENTS.values(),
 )
 
 

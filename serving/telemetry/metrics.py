@@ -44,6 +44,7 @@ class Metrics:
         counters = self._counters
         by_module = [counters["module_weight"], counters["module_hits"]]
         by_key = [counters["key_requests"], counters["key_tokens"]]
+        self._variants = Names([counters["exposures"]], self._known_variants)
         self._modules = Names(by_module, self._served_modules)
         self._keys = Names(by_key, self._valid_keys)
 
@@ -63,6 +64,7 @@ class Metrics:
         """Drop the series of modules and keys that have gone."""
         self._modules.prune()
         self._keys.prune()
+        self._variants.prune()
 
     def count(self, record: RequestRecord) -> None:
         """A request is over."""
@@ -70,6 +72,9 @@ class Metrics:
         counters["requests"].labels(record.route, str(record.status)).inc()
         if record.error:
             counters["refused_requests"].labels(record.error).inc()
+        if record.enrolment and record.enrolment.is_exposed:
+            told = self._variants.of(record.enrolment.experiment, record.enrolment.variant)
+            counters["exposures"].labels(*told).inc()
         if not record.key:
             return
         key, used = self._keys.of(record.key), record.usage
@@ -115,6 +120,11 @@ class Metrics:
 
     def _served_modules(self) -> Collection[tuple[str, str]]:
         return {(host.bank.name, name) for host in self._service.hosted for name in host.digests}
+
+    def _known_variants(self) -> Collection[tuple[str, str]]:
+        live = self._service.experiments
+        found = live.snapshot.experiments if live else ()
+        return {(e.experiment.name, variant) for e in found for variant in e.experiment.weights}
 
     def _valid_keys(self) -> Collection[tuple[str]]:
         keys = self._policy.keys

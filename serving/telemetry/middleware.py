@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -26,7 +26,8 @@ _CODE = re.compile(r"[A-Za-z_]{1,64}")
 class Observed:
     """Every answer carries `x-request-id`. A request's state holds `request_id` and `record`.
 
-    routes: of the application, as they are when a request comes.
+    routes: of the application, as they are when a request comes. on_end: told of every request that
+    is over.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Observed:
         metrics: Metrics,
         telemetry: Telemetry,
         routes: Sequence[BaseRoute],
+        on_end: Callable[[RequestRecord], None],
     ) -> None:
         self._app = app
+        self._on_end = on_end
         self._metrics = metrics
         self._telemetry = telemetry
         self._routes = routes
@@ -67,6 +70,7 @@ class Observed:
         return path or UNKNOWN
 
     def _tell(self, record: RequestRecord) -> None:
+        self._on_end(record)
         if self._telemetry.traces:
             self._telemetry.traces.tell(record)
         self._metrics.count(record)

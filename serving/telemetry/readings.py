@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -18,8 +19,23 @@ from ...runtime.residency import Residency
 from ...runtime.resident_set import ResidentInfo
 from ..hosting import HostedBank
 from ..service import Service
-from .catalogue import COLD_LOADS, ENGINE, MODULE_RESIDENT, PREFIX, RESIDENCY, Spec
+from .catalogue import (
+    COLD_LOADS,
+    ENGINE,
+    EXPERIMENTS,
+    FEEDBACK,
+    MODULE_RESIDENT,
+    PAUSES,
+    PREFIX,
+    REPLICAS,
+    RESIDENCY,
+    SHADOWS,
+    Spec,
+)
 from .labels import MOST, OTHER
+
+if TYPE_CHECKING:
+    from ..experiments.live import LiveExperiments
 
 _FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 
@@ -47,6 +63,19 @@ class Readings(Collector):
             loads.add_metric([backbone], stats.cold_loads, stats.cold_load_s)
         yield loads
         yield self._modules()
+        yield from self._replicas()
+        if self._service.experiments:
+            yield from _of_experiments(self._service.experiments)
+
+    def _replicas(self) -> Iterator[Metric]:
+        """Of the servers of vLLM, where there are any."""
+        engines = {h.bank.backbone.name: h.upstream for h in self._service.hosted if h.upstream}
+        for field, spec in REPLICAS.items() if engines else ():
+            family = _FAMILIES[spec.kind](PREFIX + spec.name, spec.text, labels=spec.labels)
+            for backbone, engine in engines.items():
+                for state in engine.states():
+                    family.add_metric([backbone, state.name], getattr(state, field))
+            yield family
 
     def _modules(self) -> GaugeMetricFamily:
         """Those in memory and those used last have series of their own."""
@@ -65,6 +94,25 @@ class Readings(Collector):
         for bank, count in rest.items():
             family.add_metric([bank, OTHER], count)
         return family
+
+
+def _of_experiments(live: LiveExperiments) -> Iterator[Metric]:
+    status = live.status()
+    told = {**status, "database_up": int(status["database"] == "up")}
+    for key, spec in EXPERIMENTS.items():
+        yield _family(spec, {(): told[key]})
+    feedback = dict(live.feedback_counts)  # it grows meanwhile
+    yield _family(FEEDBACK, {(e, metric): n for (e, metric), n in feedback.items()})
+    yield _family(PAUSES, {(name,): count for name, count in live.pauses.items()})
+    shadows = dict(live.shadow_counts)
+    yield _family(SHADOWS, {(e, result): n for (e, result), n in shadows.items()})
+
+
+def _family(spec: Spec, values: Mapping[tuple[str, ...], float]) -> Metric:
+    family: Metric = _FAMILIES[spec.kind](PREFIX + spec.name, spec.text, labels=spec.labels)
+    for labels, value in dict(values).items():
+        family.add_metric(labels, value)  # type: ignore[attr-defined]
+    return family
 
 
 def residencies(service: Service) -> dict[str, Residency]:

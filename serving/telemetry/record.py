@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..assigning import Assignment
 from ..context import Context
@@ -16,6 +16,9 @@ from ..responses.decisions import blend_text
 from ..responses.progress import Progress, usage
 from ..schemas.completions import GenerationBody
 from ..sessions import conversation_of
+
+if TYPE_CHECKING:
+    from ..experiments.enrolment import Enrolment
 
 UNKNOWN = "unknown"
 
@@ -30,7 +33,8 @@ class RequestRecord:
     route: as the application writes it. status: what was answered, or 499 where the client left.
     key: name of the caller's. model: as the client wrote it. error: code of what went wrong.
     assigned: when its target was looked for, served: when all its choices were submitted.
-    progress: of its choices. prompt_tokens: where there are no choices. trace_id: of its spans.
+    enrolment: in an experiment. progress: of its choices. prompt_tokens: where there are none.
+    trace_id: of its spans.
     """
 
     request_id: str
@@ -48,6 +52,7 @@ class RequestRecord:
     streams: bool = False
     assigned: float | None = None
     served: float | None = None
+    enrolment: Enrolment | None = None
     progress: Sequence[Progress] = ()
     prompt_tokens: int = 0
     error: str | None = None
@@ -139,6 +144,8 @@ class RequestRecord:
         if self.progress:
             told |= _decided(self.assignments)
             told |= {"finish_reasons": self.finish_reasons, "cold": self.cold}
+        if self.enrolment:
+            told |= {"experiment": self.enrolment.experiment, "variant": self.enrolment.variant}
         if self.progress or self.prompt_tokens:
             told |= {f"{kind}_tokens": count for kind, count in self.usage.items()}
         told |= self._milliseconds()

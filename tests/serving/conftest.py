@@ -129,6 +129,13 @@ class Served:
         return self.openai_client
 
 
+def torch_engine(service: Service) -> TorchEngine:
+    """The engine of the default bank, with its model."""
+    engine = service.hosted[0].engine
+    assert isinstance(engine, TorchEngine)
+    return engine
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")

@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from .conftest import Served
+from .conftest import Served, torch_engine
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "shout the word 7"}]
 
@@ -293,7 +293,7 @@ def test_a_client_that_leaves_frees_its_slot(served: Served, stream: bool) -> No
 def test_an_engine_failure_reaches_the_openai_client(served: Served) -> None:
     weights = {"upper": 8.0, "digit": 8.0}
     client = served.client()
-    engine = served.service.hosted[0].engine
+    engine = torch_engine(served.service)
 
     def explode(*_: object) -> None:
         raise RuntimeError("a cosmic ray")

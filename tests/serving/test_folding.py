@@ -98,6 +98,22 @@ def test_old_names_are_unknown_and_new_ones_can_be_pinned(both: Served) -> None:
     assert answer.status_code == 404
 
 
+def test_what_a_server_counted_decides_what_is_kept_best(
+    both: Served, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("digit", "digit", "digit", "upper"):
+        httpx.post(f"{both.url}/v1/chat/completions", json=body("x", f"zoo:{module}"))
+    usage = tmp_path / "metrics.txt"
+    usage.write_text(httpx.get(f"{both.url}/metrics").text)
+    arguments = (path, "--out", tmp_path / "out", "--to", 1, "--usage", usage, "--bytes", "50kB")
+    assert run_fold(*arguments, monkeypatch=monkeypatch) == 0
+    (module_entry,) = Bank.open(tmp_path / "out").modules
+    members = {member["name"]: member for member in module_entry.provenance["members"]}
+    assert members["digit"]["share"] > members["upper"]["share"]
+    assert members["digit"]["share"] + members["upper"]["share"] == pytest.approx(1)
+    assert members["digit"]["error"] < members["upper"]["error"]
+
+
 def test_a_folded_bank_folds_again_and_its_router_still_fits(
     checkpoint: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,8 +151,9 @@ def test_a_folded_bank_folds_again_and_its_router_still_fits(
         (["--bytes", "100"], 1, "100 bytes are too little for 2 modules"),
         (["--bytes", "1GB"], 1, "fit 1,000,000,000 as they are"),
         (["--bytes", "many"], 2, "'many' is no size"),
-        (["--to", "1", "--bytes", "1MB"], 2, "give either --to"),
-        ([], 2, "give either --to"),
+        (["--to", "1", "--bytes", "100"], 1, "100 bytes are too little for 1 modules"),
+        (["--to", "1", "--usage", "gone.json"], 1, "gone.json cannot be read"),
+        ([], 2, "give --to"),
         (["--to", "1", "--method", "ties"], 2, "'ties' is not one of"),
     ],
 )

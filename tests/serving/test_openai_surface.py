@@ -20,7 +20,7 @@ from mergeroute.serving.service import Service
 
 from ..tiny import make_tokenizer
 from .access.conftest import Guarded, guarded  # noqa: F401 - a fixture
-from .conftest import Served, running
+from .conftest import Served, running, torch_engine
 from .test_openai_client import PROMPT, ask, expected_text
 
 MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
@@ -248,7 +248,7 @@ def test_the_async_client_streams_lists_and_embeds(served: Served) -> None:
 def narrow(bank: Bank) -> Iterator[Served]:
     limits = EngineOptions(max_concurrency=1, max_waiting=1)
     service = Service(host_banks([bank], Placement(dtype="float32", options=limits)))
-    handle = service.hosted[0].engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    handle = torch_engine(service).model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
     with (
         running(service) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
@@ -258,7 +258,7 @@ def narrow(bank: Bank) -> Iterator[Served]:
 
 
 def engine_of(served: Served) -> TorchEngine:
-    return served.service.hosted[0].engine
+    return torch_engine(served.service)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -24,7 +24,7 @@ from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.pressure import Pressure
 from mergeroute.serving.service import Service, ServiceOptions
 
-from .conftest import running
+from .conftest import running, torch_engine
 from .process import serving
 
 LONG = {"prompt": "abc", "model": "tiny", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
@@ -52,7 +52,7 @@ def url(service: Service) -> Iterator[str]:
 
 @pytest.fixture
 def engine(service: Service) -> TorchEngine:
-    return service.hosted[0].engine
+    return torch_engine(service)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_the_server_grants_no_more_than_its_own_time(bank: Bank) -> None:
     pressure = Pressure(request_timeout_seconds=0.2)
     hosted = host_banks([bank], Placement(dtype="float32"))
     made = Service(hosted, ServiceOptions(pressure=pressure))
-    handle = hosted[0].engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    handle = torch_engine(made).model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
     with running(made) as address:
         assert post(address, LONG).status_code == 504
         assert post(address, LONG, x_mergeroute_timeout="60").status_code == 504

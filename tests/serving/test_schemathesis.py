@@ -23,6 +23,7 @@ from schemathesis.specs.openapi.checks import (
 
 from mergeroute.adapters.bank import Bank
 from mergeroute.runtime.options import EngineOptions
+from mergeroute.serving.experiments.live import LiveExperiments
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.modules.state import StateFolder
 from mergeroute.serving.openapi import CALLS
@@ -57,7 +58,8 @@ def api(bank: Bank, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     placement = Placement(dtype="float32", options=EngineOptions(max_concurrency=8))
     options = ServiceOptions(module_roots=(root,), uploads=True)
     state = StateFolder(tmp_path_factory.mktemp("state"))
-    with running(Service(host_banks([bank], placement), options, state)) as url:
+    live = LiveExperiments(None, state.folder)
+    with running(Service(host_banks([bank], placement), options, state, live)) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json", wait_for_schema=10)
 
 

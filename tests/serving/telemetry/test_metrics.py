@@ -16,7 +16,13 @@ from mergeroute.serving.access.guard import Policy
 from mergeroute.serving.access.key_file import KeyRing, revoke_key
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service
-from mergeroute.serving.telemetry.catalogue import CATALOGUE
+from mergeroute.serving.telemetry.catalogue import (
+    CATALOGUE,
+    EXPERIMENTS,
+    FEEDBACK,
+    PAUSES,
+    SHADOWS,
+)
 from mergeroute.serving.telemetry.labels import Names
 
 from ..access.conftest import make_key
@@ -47,7 +53,9 @@ def test_what_is_exposed_is_what_the_catalogue_says(watched: Watched) -> None:
     }
     assert shown.items() <= known.items()
     absent = {name for name in known.keys() - shown.keys() if not name.endswith("_created")}
-    assert absent == {"mergeroute_modules_budget_bytes"}  # none is set
+    experiments = (*EXPERIMENTS.values(), FEEDBACK, PAUSES, SHADOWS)
+    unset = {spec.full_name for spec in experiments} | {"mergeroute_exposures_total"}
+    assert absent == {"mergeroute_modules_budget_bytes"} | unset  # none is set, there are none
 
 
 def test_a_request_is_counted_once_and_whole(watched: Watched) -> None:
