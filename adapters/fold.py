@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from .pool import (
     ranks_within,
     relative_error,
     shrink_module,
+    stored_bytes,
+    used_groups,
     without_double_head,
 )
 from .ranks import ITEM_BYTES
@@ -34,32 +37,53 @@ RenameModules = Callable[[Path, Mapping[str, str]], None]
 """Tells the router in a folder where modules have gone, old names to new."""
 
 _LONGEST_NAME = 64
+_FLOOR = 0.01
+"""Of the traffic: what a module counts at least, so that one that is not used is not lost."""
+
 _DTYPES = {"F32": "float32", "F64": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
 class FoldSettings:
-    """How small a bank becomes, by one of two measures.
+    """How small a bank becomes, by one of two measures or by both.
 
-    to: how many modules are left. nbytes: what all modules together take; none is given up.
-    method: how deltas are merged or shrunk, see `pool`; svd answers best on the zoo. name: of the
-    new bank; None keeps it. force: replace the bank that stands at the new one's place.
+    to: how many modules are left; None: none is given up. nbytes: what all modules together take.
+    usage: how much each module was used, in any unit; one that is not named was not. It decides
+    which modules become one, and what each counts in it. method: how deltas are merged or
+    shrunk, see `pool`; svd answers best on the zoo. name: of the new bank; None keeps it. force:
+    replace the bank that stands at the new one's place.
 
     Raises:
-        BankError: neither or both measures are given.
+        BankError: no measure is given, or usage is of no use.
     """
 
     to: int | None = None
     nbytes: int | None = None
+    usage: Mapping[str, float] | None = None
     method: FoldMethod = "svd"
     name: str | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
-        if (self.to is None) == (self.nbytes is None):
-            raise BankError("fold either to a number of modules or into a number of bytes")
+        if self.to is None and self.nbytes is None:
+            raise BankError("fold to a number of modules, into a number of bytes, or both")
+        if self.usage is not None:
+            _check_usage(self)
         if self.name is not None:
             check_names([self.name])
+
+
+def _check_usage(settings: FoldSettings) -> None:
+    assert settings.usage is not None
+    if settings.to is None:
+        raise BankError("usage says what is merged, and by bytes alone nothing is: give to, too")
+    if settings.method == "lego":
+        raise BankError("lego clusters units without weights: leave usage out, or use method svd")
+    for name, use in settings.usage.items():
+        if not (math.isfinite(use) and use >= 0):
+            raise BankError(f"the usage of {name!r} is {use}: it is a number of at least 0")
+    if not any(settings.usage.values()):
+        raise BankError("no module was used: there is nothing to weigh by, leave usage out")
 
 
 @dataclass(frozen=True)
@@ -109,6 +133,7 @@ def fold(
     bank = Bank.open(source)
     step()
     _check_count(bank, settings.to)
+    _check_used(bank, settings.usage or {})
     with new_bank(out, force=settings.force) as folder:
         folding = _Folding(bank, folder, settings, progress, _members(bank, progress))
         modules, renamed = _shrink(folding) if settings.to is None else _merge(folding, settings.to)
@@ -141,6 +166,15 @@ def _check_count(bank: Bank, to: int | None) -> None:
             f"to 1 to {len(bank.modules) - 1}"
             if len(bank.modules) > 1
             else f"bank {bank.name!r} has one module, which cannot be fewer: fold it by bytes"
+        )
+
+
+def _check_used(bank: Bank, usage: Mapping[str, float]) -> None:
+    names = [module.name for module in bank.modules]
+    if unknown := sorted(usage.keys() - set(names)):
+        raise BankError(
+            f"usage names {unknown[0]!r}, which is no module of bank {bank.name!r}: "
+            f"{', '.join(names)}"
         )
 
 
@@ -185,17 +219,24 @@ def _merge(folding: _Folding, count: int) -> tuple[list[BankModule], dict[str, s
     """
     members = sorted(folding.members, key=lambda member: member.entry.name)
     order = {entry.name: k for k, entry in enumerate(folding.bank.modules)}
-    modules, shapes = [member.module for member in members], folding.bank.backbone.shapes
-    step = folding.progress("likeness of modules", len(layers_of(modules, shapes)))
-    found = groups(likeness(modules, shapes, on_layer=step), count)
-    pools = [[members[k] for k in group] for group in found]
+    shares = _shares(folding, members)
+    pools = [[members[k] for k in group] for group in _groups(folding, members, shares, count)]
     pools.sort(key=lambda pool: min(order[member.entry.name] for member in pool))
     names = _names(pools, folding.settings.name or folding.bank.name)
     step = folding.progress("merging modules", len(pools))
-    written = []
+    merged = []
     for pool, name in zip(pools, names, strict=True):
-        written.append(_keep(folding, pool[0]) if len(pool) == 1 else _join(folding, pool, name))
+        merged.append(_merged(folding, pool, name, shares))
         step()
+    small = _fitted(folding, merged, [_widest({m.dtype for m in pool}) for pool in pools])
+    written = []
+    for pool, before, module in zip(pools, merged, small, strict=True):
+        if len(pool) > 1:
+            written.append(_join(folding, pool, module, shares))
+        elif module is before:
+            written.append(_keep(folding, pool[0]))
+        else:
+            written.append(_smaller(folding, pool[0], module))
     renamed = {
         member.entry.name: name
         for pool, name in zip(pools, names, strict=True)
@@ -203,6 +244,58 @@ def _merge(folding: _Folding, count: int) -> tuple[list[BankModule], dict[str, s
         if len(pool) > 1
     }
     return written, renamed
+
+
+def _shares(folding: _Folding, members: Sequence[_Member]) -> dict[str, float] | None:
+    """Each module's share of the traffic, if it is known; none below the floor."""
+    usage = folding.settings.usage
+    if usage is None:
+        return None
+    total = sum(usage.values())
+    names = [member.entry.name for member in members]
+    return {name: max(usage.get(name, 0.0) / total, _FLOOR) for name in names}
+
+
+def _groups(
+    folding: _Folding,
+    members: Sequence[_Member],
+    shares: Mapping[str, float] | None,
+    count: int,
+) -> list[list[int]]:
+    """Which members become one."""
+    modules, shapes = [member.module for member in members], folding.bank.backbone.shapes
+    step = folding.progress("likeness of modules", len(layers_of(modules, shapes)))
+    cosine = likeness(modules, shapes, on_layer=step)
+    if shares is None:
+        return groups(cosine, count)
+    return used_groups(cosine, [shares[member.entry.name] for member in members], count)
+
+
+def _merged(
+    folding: _Folding, pool: Sequence[_Member], name: str, shares: Mapping[str, float] | None
+) -> Module:
+    """What several modules become before it is made to fit; one stays what it is."""
+    if len(pool) == 1:
+        return pool[0].module
+    own = None if shares is None else [shares[member.entry.name] for member in pool]
+    return merge_modules(
+        [member.module for member in pool],
+        name=name,
+        shapes=folding.bank.backbone.shapes,
+        method=folding.settings.method,
+        shares=None if own is None else [share / sum(own) for share in own],
+        keeps_rank=folding.settings.nbytes is not None,
+    )
+
+
+def _fitted(folding: _Folding, modules: Sequence[Module], dtypes: Sequence[str]) -> list[Module]:
+    """The modules within the bytes that are given, if any are; the same ones where they fit."""
+    nbytes = folding.settings.nbytes
+    if nbytes is None or stored_bytes(modules, dtypes) <= nbytes:
+        return list(modules)
+    ranks = ranks_within(modules, dtypes, nbytes)
+    method = folding.settings.method
+    return [shrink_module(m, own, method) for m, own in zip(modules, ranks, strict=True)]
 
 
 def _names(pools: Sequence[Sequence[_Member]], bank: str) -> list[str]:
@@ -227,18 +320,20 @@ def _keep(folding: _Folding, member: _Member) -> BankModule:
     return replace(member.entry, path=path)
 
 
-def _join(folding: _Folding, pool: Sequence[_Member], name: str) -> BankModule:
+def _join(
+    folding: _Folding,
+    pool: Sequence[_Member],
+    merged: Module,
+    shares: Mapping[str, float] | None,
+) -> BankModule:
     """Write one module in place of several."""
-    method = folding.settings.method
-    shapes = folding.bank.backbone.shapes
-    modules = [member.module for member in pool]
-    merged = merge_modules(modules, name=name, shapes=shapes, method=method)
-    path = folding.folder / "modules" / name
+    shapes, path = folding.bank.backbone.shapes, folding.folder / "modules" / merged.name
     dtype = _widest({member.dtype for member in pool})
     stored = _save(merged, path, base=_base_of(pool[0].entry.path), dtype=dtype)
-    errors = [relative_error(stored, module, shapes) for module in modules]
+    errors = [relative_error(stored, member.module, shapes) for member in pool]
+    used = [{} if shares is None else {"share": shares[member.entry.name]} for member in pool]
     return BankModule(
-        name=name,
+        name=merged.name,
         path=path,
         description="; ".join(m.entry.description for m in pool if m.entry.description),
         samples=tuple(sample for member in pool for sample in member.entry.samples),
@@ -246,8 +341,8 @@ def _join(folding: _Folding, pool: Sequence[_Member], name: str) -> BankModule:
             **_report(folding, stored, path, dtype=dtype),
             "error": max(errors),
             "members": [
-                {"name": m.entry.name, "error": error, "provenance": m.entry.provenance}
-                for m, error in zip(pool, errors, strict=True)
+                {"name": m.entry.name, "error": error, **own, "provenance": m.entry.provenance}
+                for m, error, own in zip(pool, errors, used, strict=True)
             ],
         },
     )
@@ -256,22 +351,27 @@ def _join(folding: _Folding, pool: Sequence[_Member], name: str) -> BankModule:
 def _shrink(folding: _Folding) -> tuple[list[BankModule], dict[str, str]]:
     """Write every module, recompressed; none goes anywhere."""
     method, nbytes = folding.settings.method, folding.settings.nbytes or 0
-    members, shapes = folding.members, folding.bank.backbone.shapes
-    ranks = ranks_within([m.module for m in members], [m.dtype for m in members], nbytes)
-    step = folding.progress("shrinking modules", len(members))
+    ranks = ranks_within(
+        [m.module for m in folding.members], [m.dtype for m in folding.members], nbytes
+    )
+    step = folding.progress("shrinking modules", len(folding.members))
     written = []
-    for member, own in zip(members, ranks, strict=True):
-        path = folding.folder / "modules" / member.entry.name
-        small = shrink_module(member.module, own, method)
-        stored = _save(small, path, base=_base_of(member.entry.path), dtype=member.dtype)
-        report = {
-            **_report(folding, stored, path, dtype=member.dtype),
-            "error": relative_error(stored, member.module, shapes),
-            "before": member.entry.provenance,
-        }
-        written.append(replace(member.entry, path=path, provenance=report))
+    for member, own in zip(folding.members, ranks, strict=True):
+        written.append(_smaller(folding, member, shrink_module(member.module, own, method)))
         step()
     return written, {}
+
+
+def _smaller(folding: _Folding, member: _Member, small: Module) -> BankModule:
+    """Write one module, recompressed."""
+    path = folding.folder / "modules" / member.entry.name
+    stored = _save(small, path, base=_base_of(member.entry.path), dtype=member.dtype)
+    report = {
+        **_report(folding, stored, path, dtype=member.dtype),
+        "error": relative_error(stored, member.module, folding.bank.backbone.shapes),
+        "before": member.entry.provenance,
+    }
+    return replace(member.entry, path=path, provenance=report)
 
 
 def _save(module: Module, path: Path, *, base: str, dtype: str) -> Module:
@@ -291,7 +391,8 @@ def _report(folding: _Folding, module: Module, path: Path, *, dtype: str) -> dic
     """
     settings = folding.settings
     ranks = [delta.rank for delta in module.deltas.values()]
-    measure = {"bytes": settings.nbytes} if settings.to is None else {"to": settings.to}
+    stated = {"to": settings.to, "bytes": settings.nbytes}
+    measure = {key: value for key, value in stated.items() if value is not None}
     return {
         "method": "fold",
         "folded_by": settings.method,

@@ -9,11 +9,13 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..adapters.lora import Module
+from .options import EngineOptions
+from .residents import Modules
 from .types import GenerationRequest, Grammar, ScoredToken, TokenEvent, TokenGate
 
 
@@ -97,7 +99,26 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """Blend and request in, tokens out."""
+    """Blend and request in, tokens out.
+
+    options: its limits. tokenizer: the backbone's; None: there is none. vocabulary: how many token
+    ids there are. width: of hidden states.
+    """
+
+    options: EngineOptions
+    tokenizer: Any
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+
+    @property
+    def width(self) -> int:
+        """Of hidden states."""
+
+    @property
+    def modules(self) -> Modules:
+        """What is loaded, as a residency sees it."""
 
     @property
     def max_length(self) -> int:
@@ -160,8 +181,25 @@ class Engine(Protocol):
             RouterError: the backbone has no such layer.
         """
 
+    def embed(self, prompts: Sequence[tuple[int, ...]], /) -> Tensor:
+        """Mean hidden states of prompts after the backbone's final norm, [n, width], float32.
+
+        Raises:
+            RequestError: the engine has not got all layers at hand.
+        """
+
     def stats(self) -> EngineStats:
         """Counters and load."""
+
+    def modules_asked(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Digests of the modules of running requests, and of those that wait for a slot."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are accepted."""
+
+    def ailment(self, watchdog_s: float) -> str | None:
+        """Why it cannot be relied on now; None: it can. watchdog_s: how long a step may take."""
 
     def stop(self) -> None:
         """End every generation and free what the engine holds."""

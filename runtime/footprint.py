@@ -53,12 +53,13 @@ class Room:
     """The memory that a stack may take.
 
     rank_bytes: of one rank in a layer, by layer. slot_bytes: of one slot, by owner.
-    budget: most bytes of the whole stack; None: whatever is asked for.
+    budget: most bytes of the whole stack; None: whatever is asked for. setting: that states it.
     """
 
     rank_bytes: Mapping[str, int]
     slot_bytes: Mapping[str, int]
     budget: int | None = None
+    setting: str = "module_memory"
 
     @classmethod
     def of(cls, model: nn.Module, shapes: Shapes, budget: int | None) -> Room:

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 from ..adapters.errors import ModuleError, RequestError, UnknownModuleError
-from .engine_modules import EngineModules
-from .prepared import PreparedModule
 from .resident_set import Entry, Registration, ResidentSet, Source
+from .residents import Modules, Prepared
 
 
 class Registrations:
@@ -18,7 +17,7 @@ class Registrations:
     resident: in memory or on their way there. evictions: to make room.
     """
 
-    def __init__(self, modules: EngineModules) -> None:
+    def __init__(self, modules: Modules) -> None:
         self.resident = ResidentSet(modules.room)
         self.evictions = 0
         self._modules = modules
@@ -33,7 +32,7 @@ class Registrations:
         """Whether modules that are registered no more wait for their requests to end."""
         return bool(self._leaving)
 
-    def register(self, prepared: PreparedModule, source: Source, is_pinned: bool) -> Entry:
+    def register(self, prepared: Prepared, source: Source, is_pinned: bool) -> Entry:
         """Count a registration.
 
         Raises:

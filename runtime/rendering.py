@@ -28,11 +28,13 @@ class Rendered:
 class Batch:
     """Rendered examples, padded on the right.
 
-    token_ids: [b, t]. mask: [b, t], True at tokens that are no padding.
+    token_ids: [b, t]. mask: [b, t], True at tokens that are no padding. answers: [b, t], True at
+    the tokens of answers; at all tokens of an example that has none.
     """
 
     token_ids: Tensor
     mask: Tensor
+    answers: Tensor
 
 
 def render(
@@ -68,13 +70,15 @@ def batches(prompts: Sequence[Rendered], *, size: int = BATCH_SIZE) -> Iterator[
     """Batches of at most `size` prompts of like length, the longest first."""
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
     for start in range(0, len(ordered), size):
-        rows = [prompt.token_ids for prompt in ordered[start : start + size]]
-        token_ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
-        mask = torch.zeros_like(token_ids, dtype=torch.bool)
+        rows = ordered[start : start + size]
+        token_ids = torch.zeros(len(rows), len(rows[0].token_ids), dtype=torch.long)
+        mask, answers = (torch.zeros_like(token_ids, dtype=torch.bool) for _ in range(2))
         for k, row in enumerate(rows):
-            token_ids[k, : len(row)] = torch.tensor(row)
-            mask[k, : len(row)] = True
-        yield Batch(token_ids, mask)
+            length = len(row.token_ids)
+            token_ids[k, :length] = torch.tensor(row.token_ids)
+            mask[k, :length] = True
+            answers[k, row.prompt_length % length : length] = True
+        yield Batch(token_ids, mask, answers)
 
 
 def _prompt_ids(tokenizer: Any, example: Example) -> list[int]:  # noqa: ANN401

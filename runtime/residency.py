@@ -24,12 +24,12 @@ from ..adapters.errors import (
     RequestError,
 )
 from ..adapters.lora import Module
-from .prepared import PreparedModule
+from .engine import Engine
 from .registrations import Registrations, unknown
 from .rereading import read_again, unreadable
 from .resident_set import Entry, ResidencyStats, ResidentInfo, Source
+from .residents import Prepared
 from .tickets import Ticket, Tickets
-from .torch_engine import TorchEngine
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Residency:
     """
 
     def __init__(
-        self, engine: TorchEngine, *, patience_s: float = _PATIENCE_S, retry_s: float = _RETRY_S
+        self, engine: Engine, *, patience_s: float = _PATIENCE_S, retry_s: float = _RETRY_S
     ) -> None:
         self.engine = engine
         self._registered = Registrations(engine.modules)
@@ -77,7 +77,7 @@ class Residency:
         Raises:
             ModuleError: it does not fit the backbone, or not the memory.
         """
-        prepared = self.engine.modules.prepare(module)
+        prepared: Prepared = self.engine.modules.prepare(module)
         with self._lock:
             entry = self._registered.register(prepared, source, is_pinned)
             if is_pinned:
@@ -307,7 +307,7 @@ class Residency:
                 logger.exception("module %r could not be read", entry.name)
             self._failed(entry, error)
 
-    def _put(self, entry: Entry, prepared: PreparedModule) -> None:
+    def _put(self, entry: Entry, prepared: Prepared) -> None:
         self.engine.modules.put(prepared)
         with self._lock:
             entry.state = "resident"

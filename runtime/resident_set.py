@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..adapters.lora import Module
-from .footprint import Footprint, Room
+from .footprint import Footprint
+from .residents import Space
 
 Source = Callable[[], Module]
 """Reads a module's files again."""
@@ -105,7 +106,7 @@ class ResidentSet:
     are pinned, wherever they are.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Space) -> None:
         self._room = room
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._pinned: dict[str, Entry] = {}
@@ -187,7 +188,7 @@ class ResidentSet:
         beside = f", those that are pinned {self._room.needed(rest):,}" if rest else ""
         return (
             f"takes {own:,} bytes of memory{beside}; the budget is {self._room.budget or 0:,} "
-            "bytes (module_memory)"
+            f"bytes ({self._room.setting})"
         )
 
     def _fits(self, entries: Iterable[Entry]) -> bool:

@@ -134,6 +134,12 @@ class TorchEngine:
         return self._admission.vocabulary
 
     @property
+    def width(self) -> int:
+        """Of hidden states."""
+        width: int = self.model.config.get_text_config().hidden_size
+        return width
+
+    @property
     def layers(self) -> int:
         """How many layers the backbone has."""
         count: int = self.model.config.get_text_config().num_hidden_layers
@@ -231,6 +237,18 @@ class TorchEngine:
     def is_running(self) -> bool:
         """Whether requests are accepted."""
         return self._thread.is_alive() and not self._is_stopping
+
+    def ailment(self, watchdog_s: float) -> str | None:
+        """Why it cannot be relied on now; see `Engine.ailment`."""
+        if not self.is_running:
+            return "an engine has stopped: restart the server"
+        silent_s = self.stats().silent_s
+        if silent_s > watchdog_s:
+            return (
+                f"an engine has been in one step for {silent_s:.0f} s, the limit is "
+                f"{watchdog_s:g} s (pressure.watchdog_seconds): wait, or restart the server"
+            )
+        return None
 
     def stop(self) -> None:
         """End every generation as cancelled and wait for the loop to finish."""

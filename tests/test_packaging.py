@@ -104,7 +104,7 @@ def test_the_guard_itself_sees_every_form_of_import(
 def test_the_wheel_holds_every_package_and_the_demo_bank(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
-    ignored = shutil.ignore_patterns(".venv", ".git", "build", "*_cache", "*.egg-info")
+    ignored = shutil.ignore_patterns(".venv*", ".git", "build", "*_cache", "*.egg-info")
     shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (wheel,) = out.glob("*.whl")

@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .tasks import Example
 from .tokenizer import END, PAD
+from .train import IGNORED, collate
 
 BATCH_SIZE = 100
 
@@ -52,4 +53,24 @@ def accuracy(
             model, tokenizer, [example.prompt for example in chunk], max_new_tokens=longest
         )
         right += sum(got == want for got, want in zip(answers, wanted, strict=True))
+    return right / len(examples)
+
+
+def forced_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
+) -> float:
+    """Return what `accuracy` does, from one forward pass a batch instead of one a token.
+
+    A greedy answer is right if and only if each token of the right one is the likeliest after those
+    before it.
+    """
+    model.eval()
+    ordered = sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))
+    right = 0
+    for start in range(0, len(ordered), BATCH_SIZE):
+        batch = collate(ordered[start : start + BATCH_SIZE], tokenizer)
+        with torch.inference_mode():
+            likeliest = model(input_ids=batch.token_ids, use_cache=False).logits.argmax(-1)
+        is_right = (likeliest == batch.targets) | (batch.targets == IGNORED)
+        right += int(is_right.all(1).sum())
     return right / len(examples)

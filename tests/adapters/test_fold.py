@@ -19,7 +19,7 @@ from mergeroute.adapters.fold import FoldSettings, fold, stored_dtype
 from mergeroute.adapters.lora import Module
 from mergeroute.adapters.manifest import BackboneEntry, read_manifest
 from mergeroute.adapters.module_files import module_files
-from mergeroute.adapters.pool import FoldMethod, relative_error
+from mergeroute.adapters.pool import FoldMethod, merge_modules, relative_error
 from mergeroute.adapters.ranks import component_bytes
 
 from ..tiny import make_model, make_module, make_tokenizer
@@ -239,6 +239,65 @@ def test_a_budget_is_kept_over_modules_of_all_dtypes(backbone: Backbone, tmp_pat
     assert 0.9 * 40_000 <= taken <= 40_000
 
 
+def test_modules_that_are_used_least_become_one(backbone: Backbone, tmp_path: Path) -> None:
+    """What is used most stays as it is, and what is never used counts a hundredth."""
+    modules = [make_module(MODEL, name, seed=k) for k, name in enumerate("abc", 3)]
+    bank = write_pool(tmp_path, backbone, modules)
+    kept, joined = folded(bank, to=2, usage={"a": 3.0, "b": 9.0}).modules
+    assert (kept.name, kept.provenance) == ("b", {"from": "test"})
+    report = {member["name"]: member for member in joined.provenance["members"]}
+    assert (report["a"]["share"], report["c"]["share"]) == (0.25, 0.01)
+    assert report["a"]["error"] < 0.1 < 0.9 < report["c"]["error"]
+
+
+def test_copies_become_one_however_much_they_are_used(bank: Path) -> None:
+    usage = {"a": 60.0, "copy": 40.0, "b": 1.0}
+    assert [m.name for m in folded(bank, to=2, usage=usage).modules] == ["b", "a.copy"]
+
+
+def test_usage_of_all_alike_weighs_nothing(bank: Path) -> None:
+    """A group's module is the plain mean."""
+    names = ("a", "b", "copy")
+    plain = folded(bank, to=1)
+    used = folded(bank, out="used", to=1, usage=dict.fromkeys(names, 5.0))
+    one, other = (found.load(found.modules[0]) for found in (plain, used))
+    assert relative_error(other, one, plain.backbone.shapes) < 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_modules_fit_into_bytes_together(
+    backbone: Backbone, tmp_path: Path, method: FoldMethod
+) -> None:
+    modules = [make_module(MODEL, name, seed=k) for k, name in enumerate("abc", 3)]
+    bank = write_pool(tmp_path, backbone, modules)
+    few = folded(bank, to=2, method=method, nbytes=10**9)
+    sizes = [stored(few.load(module)) for module in few.modules]
+    half = folded(bank, out="half", to=2, method=method, nbytes=sum(sizes) // 2)
+    assert [m.name for m in half.modules] == [m.name for m in few.modules]
+    assert 0.4 * sum(sizes) < sum(stored(half.load(m)) for m in half.modules) <= sum(sizes) // 2
+    report = half.modules[0].provenance["fold"]
+    assert (report["to"], report["bytes"]) == (2, sum(sizes) // 2)
+
+
+def test_bytes_that_allow_it_keep_the_mean_of_modules_whole(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    """Beyond the rank of one member."""
+    modules = [make_module(MODEL, name, seed=k) for k, name in enumerate("ab", 3)]
+    bank = write_pool(tmp_path, backbone, modules)
+    (whole,) = folded(bank, to=1, nbytes=10**9).modules
+    (cut,) = folded(bank, out="cut", to=1).modules
+    mean = merge_modules(modules, name="a.b", shapes=backbone.shapes, method="svd", keeps_rank=True)
+    shapes = backbone.shapes
+    assert relative_error(Module.read(whole.path, name="a.b"), mean, shapes) < 0.005
+    assert relative_error(Module.read(cut.path, name="a.b"), mean, shapes) > 0.1
+
+
+def stored(module: Module) -> int:
+    """Bytes of a module's factors in bfloat16."""
+    return sum(component_bytes(d.shape, "bfloat16") * d.rank for d in module.deltas.values())
+
+
 @pytest.mark.parametrize(("one", "other"), [("a" * 40, "b" * 40), ("x", "y")])
 def test_names_that_are_too_long_or_taken_are_numbered(
     one: str, other: str, backbone: Backbone, tmp_path: Path
@@ -256,8 +315,13 @@ def test_names_that_are_too_long_or_taken_are_numbered(
         ({"to": 0}, "0 is out of range"),
         ({"nbytes": 100}, "100 bytes are too little for 3 modules: rank 1 takes"),
         ({"nbytes": 10**9}, "fit 1,000,000,000 as they are"),
-        ({}, "fold either to a number"),
-        ({"to": 2, "nbytes": 10**4}, "fold either to a number"),
+        ({}, "fold to a number of modules, into a number of bytes, or both"),
+        ({"to": 2, "nbytes": 100}, "100 bytes are too little for 2 modules"),
+        ({"nbytes": 10**4, "usage": {"a": 1.0}}, "by bytes alone nothing is"),
+        ({"to": 2, "usage": {"a": 1.0}, "method": "lego"}, "lego clusters units without weights"),
+        ({"to": 2, "usage": {"a": -1.0}}, "the usage of 'a' is -1.0"),
+        ({"to": 2, "usage": {"a": 0.0}}, "no module was used"),
+        ({"to": 2, "usage": {"c": 1.0}}, "'c', which is no module of bank 'zoo': b, a, copy"),
         ({"to": 2, "name": "a b"}, "'a b' is not allowed"),
         ({"to": 2, "name": "b"}, "'b' is given twice"),
     ],

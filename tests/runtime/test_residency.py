@@ -91,6 +91,7 @@ def there(residency: Residency, digests: dict[str, str]) -> list[str]:
 
 
 def stack_bytes(residency: Residency) -> int:
+    assert isinstance(residency.engine, TorchEngine)
     return sum(buffer.nbytes for buffer in residency.engine.model.buffers())
 
 

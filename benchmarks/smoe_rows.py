@@ -1,0 +1,101 @@
+"""The rows of `benchmarks.smoe`: what is built of the zoo's mixture and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Group = Literal["reference", "quantised", "merged", "grouped", "shared", "recovered"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    experts: the section of a recipe; None: the model as it is, or `bits` of every expert.
+    centre_bits: of the centres, beside what the recipe stores. recovery: steps of distillation.
+    """
+
+    label: str
+    group: Group
+    experts: Mapping[str, Any] | None = None
+    bits: int | None = None
+    centre_bits: int | None = None
+    recovery: int = 0
+    keep: int | None = field(default=None, compare=False)
+
+
+MERGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("average of M-SMoE's groups", {"method": "average"}),
+    ("average of random groups", {"method": "random"}),
+    ("M-SMoE", {"method": "m-smoe"}),
+    ("HC-SMoE", {"method": "hc-smoe"}),
+)
+RECOVERY_STEPS = 60
+
+
+def rows() -> list[Row]:
+    """The rows in the order in which they are printed."""
+    return [
+        Row("all 8 experts, bfloat16", "reference"),
+        *(Row(f"all 8 experts, int{bits}", "quantised", bits=bits) for bits in (8, 4, 3)),
+        *(row for keep in (6, 4, 2) for row in _merged_rows(keep)),
+        *_grouped_rows(),
+        *_shared_rows(),
+        *_recovered_rows(),
+    ]
+
+
+def _merged_rows(keep: int) -> Iterator[Row]:
+    for label, settings in MERGES:
+        experts = {**settings, "keep": keep, "router": "exact"}
+        yield Row(f"{label}, {keep}", "merged", experts, keep=keep)
+    adaptive = {"method": "m-smoe", "keep": keep, "router": "exact", "allocation": "adaptive"}
+    yield Row(f"M-SMoE adaptive, {keep}", "merged", adaptive, keep=keep)
+    for router in ("groups", "compact"):
+        routed = {"method": "m-smoe", "keep": keep, "router": router}
+        yield Row(f"M-SMoE, router {router}, {keep}", "merged", routed, keep=keep)
+    yield Row(f"REAP, {keep}", "merged", {"method": "reap", "keep": keep}, keep=keep)
+
+
+def _grouped_rows() -> Iterator[Row]:
+    """Groups with a residual for each of their experts: MC-SMoE's form."""
+    for keep, ranks in ((4, (4, 8, 16)), (2, (8, 16, 24))):
+        for rank in ranks:
+            experts = {"method": "m-smoe", "keep": keep, "residuals": {"rank": rank}}
+            yield Row(f"M-SMoE, {keep} + rank {rank}", "grouped", experts, keep=keep)
+    for keep, rank in ((4, 8), (2, 16)):
+        experts = {"method": "random", "keep": keep, "residuals": {"rank": rank}}
+        yield Row(f"random groups, {keep} + rank {rank}", "grouped", experts, keep=keep)
+
+
+def _shared_rows() -> Iterator[Row]:
+    def shared(label: str, /, centre_bits: int | None = None, **residuals: Any) -> Row:
+        experts = {"method": "shared", **({"residuals": residuals} if residuals else {})}
+        if not residuals:
+            experts["router"] = "exact"
+        return Row(f"shared{label}", "shared", experts, centre_bits=centre_bits, keep=1)
+
+    yield shared(" alone")
+    for rank in (8, 16, 24, 32):
+        yield shared(f" + rank {rank}", rank=rank)
+    for rank in (8, 15, 24, 32):
+        yield shared(f" + rank {rank}, int8", rank=rank, dtype="int8")
+    yield shared(" + rank 16 and 5 % of the rows", rank=16, rows=0.05)
+    yield shared(" + rank 24, closest outputs", rank=24, fit="outputs")
+    yield shared(" + rank 15, int8, closest outputs", rank=15, dtype="int8", fit="outputs")
+    yield shared(" in int8 + rank 28, int8", 8, rank=28, dtype="int8")
+
+
+def _recovered_rows() -> Iterator[Row]:
+    for keep, count in ((4, 3), (2, 1)):
+        for label, settings in MERGES[: -count - 1 : -1]:
+            experts = {**settings, "keep": keep, "router": "exact"}
+            yield Row(f"{label}, {keep}", "recovered", experts, recovery=RECOVERY_STEPS, keep=keep)
+        reap = {"method": "reap", "keep": keep}
+        yield Row(f"REAP, {keep}", "recovered", reap, recovery=RECOVERY_STEPS, keep=keep)
+    alone = {"method": "shared", "router": "exact"}
+    yield Row("shared alone", "recovered", alone, recovery=RECOVERY_STEPS, keep=1)
+    experts = {"method": "shared", "residuals": {"rank": 8}}
+    yield Row("shared + rank 8", "recovered", experts, recovery=RECOVERY_STEPS, keep=1)

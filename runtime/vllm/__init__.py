@@ -1,0 +1,1 @@
+"""vLLM as the engine: what runs inside its processes, and what talks to them."""

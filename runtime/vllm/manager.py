@@ -1,0 +1,200 @@
+"""BlendLoRAManager: inside each worker of vLLM, keeps modules in slots and knows what blends mean.
+
+To vLLM's scheduler a blend is a LoRA like any other, with a number of its own. Here it is no more
+than weights over slots: nothing is loaded, copied or evicted for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase
+
+from ...adapters.blend import Blend
+from ...adapters.errors import EngineError, ModuleError
+from .blends import VIRTUAL_PATH, read_name
+from .check import check_layers
+from .launch import PluginOptions
+from .token_weights import expandable
+
+_FIRST_MODULE = 1 << 30  # above every number that vLLM gives to a blend
+_MOST_BLENDS = 1 << 16
+_NUMBER = re.compile(r"\d+")
+
+
+class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM is not there
+    """A worker's modules and blends. One thread calls it, between steps.
+
+    Raises:
+        EngineError: vLLM was started in a way that blends are not served in.
+    """
+
+    lora_config: Any
+
+    def __init__(self, vllm_config: Any, *arguments: Any) -> None:  # noqa: ANN401
+        super().__init__(vllm_config, *arguments)
+        options = PluginOptions.read(os.environ)
+        assert options is not None, "the plugin installs this class only then"
+        check_settings(vllm_config, options)
+        self._options = options
+        self._ids = count(_FIRST_MODULE)
+        self._modules: dict[str, int] = {}  # key -> LoRA id, of which vLLM's manager knows the slot
+        self._blends: OrderedDict[int, Blend | None] = OrderedDict()  # None: a warm-up
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> Any:  # noqa: ANN401
+        """Wrap the model's layers, check them, and load what the folder of modules holds."""
+        slots = self._options.slots
+        self.lora_config = replace(
+            self.lora_config,
+            max_loras=slots,
+            max_cpu_loras=slots,
+            target_modules=self.lora_config.target_modules or linear_suffixes(model),
+        )
+        wrapped = super().create_lora_manager(model, vllm_config)
+        for layer in self._adapter_manager.modules.values():
+            layer.lora_b_stacked = expandable(layer.lora_b_stacked)
+        for wrapper in self._adapter_manager.punica_wrapper_mapping.values():
+            wrapper.row_of = self._row
+        check_layers(self._adapter_manager)
+        for key in sorted(self._options.store.keys()):
+            self._load(key)
+        return wrapped
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Learn a blend; modules that are not there yet are loaded.
+
+        Called by the API server, lora_path states the modules to keep, should one have to go. In a
+        step it is no list, all modules are there, and nothing goes.
+
+        Raises:
+            ModuleError: a module cannot be loaded, or finds no slot.
+        """
+        blend = read_name(request.lora_name)
+        if missing := sorted(blend.keys() - self._modules.keys()):
+            if request.lora_path != VIRTUAL_PATH:
+                self._retain({*request.lora_path.split(","), *blend})
+            for key in missing:
+                self._load(key)
+        is_new = request.lora_int_id not in self._blends
+        self._blends[request.lora_int_id] = blend
+        self._blends.move_to_end(request.lora_int_id)
+        return is_new
+
+    def _apply_adapters(self, requests: Iterable[LoRARequest | None]) -> None:
+        for request in requests:
+            if request is None:
+                continue
+            if request.lora_int_id in self._blends:
+                self._blends.move_to_end(request.lora_int_id)
+            else:
+                self.add_adapter(request)
+        while len(self._blends) > _MOST_BLENDS:  # never one of this step: those are the newest
+            self._blends.popitem(last=False)
+
+    def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
+        """Weights on all slots, for warming up."""
+        self._blends[request.lora_int_id] = None
+        return True
+
+    def remove_adapter(self, lora_id: int) -> bool:
+        """Forget a blend."""
+        known = lora_id in self._blends
+        self._blends.pop(lora_id, None)
+        return known
+
+    def remove_all_adapters(self) -> None:
+        """Forget all blends; the modules stay."""
+        self._blends.clear()
+
+    def list_adapters(self) -> set[int]:
+        """The blends known."""
+        return set(self._blends)
+
+    def pin_adapter(self, lora_id: int) -> bool:
+        """Whether the blend is known: it costs nothing to keep."""
+        return lora_id in self._blends
+
+    def _row(self, lora_id: int) -> Tensor:
+        blend = self._blends[lora_id]
+        if blend is None:
+            return torch.full((self._options.slots,), 0.5)
+        row, slots = torch.zeros(self._options.slots), self._adapter_manager.lora_index_to_id
+        for key, weight in blend.items():
+            row[slots.index(self._modules[key])] = weight
+        return row
+
+    def _load(self, key: str) -> None:
+        store = self._options.store
+        if key not in store:
+            raise ModuleError(f"module {key} does not lie in {store.folder}: register it first")
+        if len(self._modules) >= store.slots:
+            raise ModuleError(
+                f"module {key} finds no slot: all {store.slots} are taken by registered modules or "
+                "by requests that run; unload one, or start vLLM with more slots"
+            )
+        lora_id = next(self._ids)
+        lora = self._load_adapter(LoRARequest(key, lora_id, str(store.path(key))))
+        self._refuse_unknown_layers(key, lora.loras)
+        try:
+            self._adapter_manager.add_adapter(lora)
+            self._adapter_manager.activate_adapter(lora_id)
+        except BaseException:  # half a module must hold no slot
+            self._adapter_manager.remove_adapter(lora_id)
+            raise
+        self._modules[key] = lora_id
+
+    def _retain(self, keys: Collection[str]) -> None:
+        for key in self._modules.keys() - keys:
+            self._adapter_manager.remove_adapter(self._modules.pop(key))
+
+    def _refuse_unknown_layers(self, key: str, layers: Iterable[str]) -> None:
+        """vLLM itself leaves out without a word what it has no wrapped layer for. Layers are
+        compared without their numbers: a pipeline's stages hold some of them only.
+        """
+        packed = self._adapter_manager.packed_modules
+        known = {*self._adapter_manager.modules, *(n for names in packed.values() for n in names)}
+        forms = {_NUMBER.sub("#", name) for name in known}
+        strange = [layer for layer in layers if _NUMBER.sub("#", layer) not in forms]
+        if strange:
+            raise ModuleError(
+                f"module {key} changes {strange[0]!r}, which vLLM does not run as a linear layer "
+                "with LoRA: serve it with the torch engine"
+            )
+
+
+def linear_suffixes(model: nn.Module) -> list[str]:
+    """Last parts of the names of a model's linear layers: neither embedding nor head nor fused
+    experts.
+    """
+    names = (name for name, layer in model.named_modules() if isinstance(layer, LinearBase))
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def check_settings(vllm_config: Any, options: PluginOptions) -> None:  # noqa: ANN401
+    """Refuse what blends are not served with.
+
+    Raises:
+        EngineError: it names the setting.
+    """
+    lora, parallel = vllm_config.lora_config, vllm_config.parallel_config
+    refused = {
+        "--fully-sharded-loras": lora.fully_sharded_loras,
+        "--enable-tower-connector-lora": lora.enable_tower_connector_lora,
+        "--enable-sleep-mode": vllm_config.model_config.enable_sleep_mode,
+        "--api-server-count above 1": parallel._api_process_count > 1,
+        f"--max-lora-rank {lora.max_lora_rank}, which is not {options.rank}": lora.max_lora_rank
+        != options.rank,
+    }
+    for setting, is_set in refused.items():
+        if is_set:
+            raise EngineError(f"mergeroute: vLLM was started with {setting}: leave it out")
