@@ -76,13 +76,9 @@ def _whole_rows() -> Iterator[Row]:
 
 def _rows_to(count: int) -> Iterator[Row]:
     yield Row("averaged factors", "factors", count)
-    yield Row("averaged changes (svd)", "svd", count)
     yield Row("LEGO", "lego", count)
-    for traffic in ("falling", "rising"):
-        yield Row(f"usage, {traffic}", "svd", count, None, traffic)
     for share in BUDGETS:
         yield Row("averaged changes (svd)", "svd", count, share)
-        yield Row("LEGO", "lego", count, share)
         for traffic in ("falling", "rising"):
             yield Row(f"usage, {traffic}", "svd", count, share, traffic)
 

@@ -198,10 +198,13 @@ class Bounds(BaseModel):
 
 
 class VariantStats(BaseModel):
-    """A metric in one variant. sample_size: units of assignment; observations: values of theirs."""
+    """A metric in one variant. sample_size: units of assignment; effective_units: how many of equal
+    weight would say as much, of which a verdict needs 100; observations: values of theirs.
+    """
 
     variant_name: str
     sample_size: int
+    effective_units: float
     observations: int
     mean: float | None
     standard_error: float | None

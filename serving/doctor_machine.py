@@ -163,6 +163,8 @@ def _state(settings: ServeSettings) -> Finding:
     if folder is None:
         if settings.module_sources.uploads:
             return Finding("error", "state", "uploads need a state folder: name one (state)")
+        if settings.database or settings.experiments:
+            return Finding("error", "state", "experiments need a state folder: name one (state)")
         return Finding("note", "state", "none: a restart forgets what was loaded at run time")
     if folder.exists():
         return _existing_state(folder)

@@ -13,9 +13,9 @@ from packaging.requirements import Requirement
 from ..adapters.bank import Bank
 from ..adapters.errors import MergerouteError
 from ..runtime.vllm.endpoint import Endpoint
-from ..runtime.vllm.engine import find_program
 from ..runtime.vllm.greetings import look
 from ..runtime.vllm.options import VllmOptions
+from ..runtime.vllm.servers import find_program
 from .findings import Finding, required
 from .hosting import host_banks
 from .settings import ServeSettings

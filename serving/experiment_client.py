@@ -149,7 +149,7 @@ class ExperimentServer:
         if not isinstance(message, str):
             start = f"{self._url} answered {response.status_code}"
             return f"{start}, and not as this server does: {response.text[:_SHOWN]!r}"
-        if response.status_code in (401, 403) and not self._headers:
+        if response.status_code == 401 and not self._headers:
             return f"{message} (a key is taken from {KEY_VARIABLE}, or from --key-file)"
         return message
 

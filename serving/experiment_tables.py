@@ -101,7 +101,8 @@ def experiment_tables(document: dict[str, Any]) -> Iterator[RenderableType]:
     if one.promoted:
         yield escape(f"promoted: {one.promoted}")
     attached = f", and {one.attach_to}" if one.attach_to else ""
-    yield escape(f"takes part: {100 * one.traffic:g} % of requests for {one.name}{attached}")
+    if one.state != "concluded":
+        yield escape(f"takes part: {100 * one.traffic:g} % of requests for {one.name}{attached}")
     table = _table("variant", "target", "weight", "control")
     for variant in one.variants:
         cells = (variant.name, variant.target, f"{variant.weight:g}")

@@ -256,8 +256,8 @@ class ServeSettings(BaseModel):
         if folder is None:
             if self.database or self.experiments:
                 raise SettingsError(
-                    "experiments are kept in the state folder until the database has them: name "
-                    "one with --state"
+                    "records of experiments wait in the state folder until the database has them: "
+                    "name one (--state, or state in the file), or leave `state: none` out"
                 )
             return None
         from .experiments.live import LiveExperiments

@@ -135,9 +135,7 @@ def train_step(model: torch.nn.Module, batch: Batch, optimizer: torch.optim.Opti
     optimizer.step()
 
 
-def keep(
-    file: Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer, done: int
-) -> None:
+def keep(file: Path, named: dict[str, Tensor], optimizer: torch.optim.Optimizer, done: int) -> None:
     """Write the weights and the optimizer's averages, so that training can go on from here."""
     tensors = {"done": torch.tensor(done)}
     for name, weight in named.items():

@@ -24,7 +24,7 @@ from ...adapters.errors import (
     MergerouteError,
     ModuleUnavailableError,
 )
-from .affinity import affinity_key
+from .affinity import Affinity
 from .blends import lora_name
 from .events import data_of
 from .refusals import Refusal
@@ -256,13 +256,13 @@ async def send(call: Call, replicas: Replicas, patience: Patience) -> Reply:
         EngineTimeoutError: they took too long.
         EngineError: they failed.
     """
-    key = affinity_key(call.model, call.prompt_ids)
+    affinity = Affinity.of(call.model, call.prompt_ids)
     tried: list[Replica] = []
     deliveries = 0
     last: _Elsewhere | None = None
     while deliveries < _MOST_DELIVERIES:
         try:
-            lease = replicas.take(key, tuple(call.blend), avoiding=tried)
+            lease = replicas.take(affinity, tuple(call.blend), avoiding=tried)
         except (EngineStoppedError, ModuleUnavailableError) as error:
             raise (last.error if last else error) from last
         reply = Reply(call, lease, replicas, patience)

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from ...adapters.digest import short
 from ...adapters.errors import EngineStoppedError, EngineTimeoutError, ModuleUnavailableError
-from .affinity import preferred
+from .affinity import Affinity, preferred
 from .breaker import Breaker
 from .endpoint import Clients, Endpoint
 from .process import ServerProcess
@@ -146,9 +146,11 @@ class Replicas:
 
     # Requests.
 
-    def take(self, key: bytes, modules: Collection[str], *, avoiding: Collection[Replica]) -> Lease:
-        """A place on the replica that a request with this affinity key goes to; `leave` is to
-        follow. modules: digests that it must serve.
+    def take(
+        self, affinity: Affinity, modules: Collection[str], *, avoiding: Collection[Replica]
+    ) -> Lease:
+        """A place on the replica that a request with this affinity goes to; `leave` is to follow.
+        modules: digests that it must serve.
 
         Raises:
             EngineStoppedError: no server is ready, but those to be avoided.
@@ -163,7 +165,7 @@ class Replicas:
             if not able:
                 raise ModuleUnavailableError(_why_unable(awake, modules))
             loads = {name: len(replica.leases) for name, replica in able.items()}
-            replica = able[preferred(key, loads)[0]]
+            replica = able[preferred(affinity, loads)[0]]
             lease = Lease(replica)
             replica.leases.add(lease)
             replica.breaker.begin()

@@ -225,6 +225,8 @@ def _write_ahead(engine: Engine) -> None:
     """Readers and the writer do not wait for each other. A file that cannot be changed stays as it
     is; one that cannot be used is told of by its next use.
     """
+    with suppress(OSError):  # its folder may be anybody's to read
+        Path(engine.url.database or "").touch(mode=0o600, exist_ok=False)
     with suppress(sqlite3.Error), closing(engine.raw_connection()) as connection:
         connection.cursor().execute("PRAGMA journal_mode=WAL")
 

@@ -23,17 +23,31 @@ FILE = Author("serve.yaml", "declared")
 
 def declare(live: LiveExperiments, documents: Sequence[Experiment], targets: Targets) -> None:
     """Bring what the file declares about, all or nothing. Those that run are not started again, and
-    those that were paused or concluded stay so. It waits for the database.
+    those that were paused or concluded stay so. Where the database does not answer, it is done as
+    soon as it does, and what is wrong then is logged.
 
     Raises:
         SettingsError: one cannot be had.
     """
-    try:
+
+    def change() -> None:
         with live.changing() as experiments:
             for document in documents:
                 _declare(experiments, document, targets)
+
+    def change_late() -> None:
+        try:
+            change()
+        except SettingsError as error:
+            logger.error("what serve.yaml declares is not done: %s", error)
+        else:
+            logger.info("what serve.yaml declares is done")
+
+    try:
+        change()
     except DatabaseDownError as error:
-        logger.error("the experiments of serve.yaml are as they were, until a restart: %s", error)
+        logger.error("the experiments of serve.yaml wait for the database: %s", error)
+        live.later(change_late)
 
 
 def _declare(experiments: Experiments, document: Experiment, targets: Targets) -> None:

@@ -134,7 +134,9 @@ class Experiment(Section):
         for name in [*asked, *([self.bandit.metric] if self.bandit else [])]:
             if name not in self.measured:
                 known = ", ".join(self.measured)
-                raise ValueError(f"there is no metric {name!r}: declare it in metrics ({known})")
+                raise ValueError(
+                    f"no metric {name!r}: declare it in metrics, or take one of {known}"
+                )
         return self
 
     @model_validator(mode="after")

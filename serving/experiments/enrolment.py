@@ -22,7 +22,8 @@ class Running:
     """An experiment as requests meet it.
 
     allocation: of the experiment's buckets. ranges: of its layer's; a draft and a concluded one
-    hold none. promoted: the variant that became the default.
+    hold none. promoted: the variant that became the default. first_version: earlier ones were of
+    another experiment that had the name.
     """
 
     experiment: Experiment
@@ -31,6 +32,7 @@ class Running:
     ranges: Ranges
     state: State = "running"
     promoted: str | None = None
+    first_version: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -258,6 +259,7 @@ def _stored(row: Row[Any]) -> StoredExperiment:
     )
 
 
+@lru_cache(maxsize=256)  # every server reads all of them every second
 def _document(text: str, name: str) -> Experiment:
     try:
         return Experiment.model_validate_json(text)

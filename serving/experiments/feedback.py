@@ -10,6 +10,7 @@ from ..errors import ApiError
 from .definition import Experiment
 from .live import LiveExperiments
 from .records import Exposure, Feedback
+from .refusals import unknown_request
 from .schemas import FeedbackRequest
 
 IDEMPOTENCY_HEADER = "idempotency-key"
@@ -37,7 +38,7 @@ async def give(
     if exposure.caller != caller.name:  # as if it were not there: ids are told to their own key
         raise unknown_request(body.request_id)
     running = live.snapshot.by_name.get(exposure.experiment)
-    if running is None:
+    if running is None or exposure.version < running.first_version:
         raise ApiError(
             f"the experiment {exposure.experiment!r} of this answer was deleted",
             status=410,
@@ -95,14 +96,3 @@ def check(body: FeedbackRequest, exposure: Exposure, experiment: Experiment) -> 
         raise ApiError(
             f"value is {body.value:g}, a {metric.kind} metric takes {rule}", param="value"
         )
-
-
-def unknown_request(request_id: str) -> ApiError:
-    """No answer of this id, as far as the caller may know."""
-    return ApiError(
-        f"no answer with the request id {request_id!r} takes part in an experiment: send the "
-        "x-request-id of one whose headers name an experiment",
-        status=404,
-        param="request_id",
-        code="request_not_found",
-    )

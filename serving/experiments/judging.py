@@ -17,12 +17,14 @@ from .sums import Span, UnitCounts
 
 @dataclass(frozen=True)
 class Judged:
-    """An experiment and what its data say. span: the exposures that count. deciding: of the metrics
-    that the verdict goes by; watching: of those that are recorded anyway.
+    """An experiment and what its data say. span: the exposures that count. since: when it began to
+    run as it does in them. units: in them. ratio: of those since the weights last changed.
+    deciding: of the metrics that the verdict goes by; watching: of those that are recorded anyway.
     """
 
     stored: StoredExperiment
     span: Span
+    since: float
     units: UnitCounts
     ratio: SampleRatio
     sums: dict[str, dict[str, Sums]]
@@ -38,18 +40,19 @@ def judged(store: Store, name: str, *, version_from: int | None = None) -> Judge
         ApiError: there is no such experiment, or the database does not answer.
     """
     history = store.history(name)
-    stored, settled = history[-1], settled_at(history)
+    stored, settled = history[-1], Span(version_from=settled_at(history))
     document = stored.document
     span = Span(version_from=version_from) if version_from else span_of(history)
     measured = {metric: store.sums(name, metric, span) for metric in document.measured}
-    settled_units = store.unit_counts(name, Span(version_from=settled))
+    settled_units = store.unit_counts(name, settled)
     ratio = sample_ratio(settled_units.by_variant, document.weights)
     deciding = _metrics(document, decides=True)
     watching = _metrics(document, decides=False)
     return Judged(
         stored,
         span,
-        store.unit_counts(name, span),
+        _running_since(history, span),
+        settled_units if span == settled else store.unit_counts(name, span),
         ratio,
         measured,
         _verdict(document, deciding or watching, measured, ratio),
@@ -64,6 +67,13 @@ def span_of(history: Sequence[StoredExperiment]) -> Span:
     stored = history[-1]
     is_bandit = stored.document.bandit is not None
     return Span(version_from=stored.first_version if is_bandit else settled_at(history))
+
+
+def _running_since(history: Sequence[StoredExperiment], span: Span) -> float:
+    """When the first version that counts began to run; when it was made, where none did."""
+    counted = [each for each in history if each.version >= (span.version_from or 0)]
+    running = [each.changed_at for each in counted if each.state == "running"]
+    return running[0] if running else history[-1].changed_at
 
 
 def settled_at(history: Sequence[StoredExperiment]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import ApiError
-from ..targets import Targets
+from ..targets import AUTO, Targets
 from .allocation import allocate, ramped
 from .checks import check_same_assignment, check_target, check_targets, with_traffic
 from .definition import Experiment
@@ -159,7 +159,9 @@ def promote(
     check_target(variant, chosen.target, targets, param="variant")
     changed = replace(stored, state="concluded", ranges=(), promoted=variant)
     after = _written(experiments, stored, changed, author, f"promoted {variant}")
-    experiments.set_default(chosen.target, experiment=name, variant=variant, who=author.who)
+    default = experiments.default_target()  # which is what answers a variant's `auto`
+    target = default.target if default and chosen.target == AUTO else chosen.target
+    experiments.set_default(target, experiment=name, variant=variant, who=author.who)
     return after
 
 
@@ -173,9 +175,9 @@ def rollback(experiments: Experiments, name: str, author: Author) -> StoredExper
     author.check(stored)
     default = experiments.default_target()
     if default is None or default.experiment != name:
-        last = f"the last is of {default.experiment!r}: roll that back first" if default else "none"
+        rest = f"; the last is of {default.experiment!r}: roll that back first" if default else ""
         raise ApiError(
-            f"there is no promotion of {name!r} to roll back ({last})",
+            f"there is no promotion of {name!r} to roll back{rest}",
             status=409,
             code="not_promoted",
         )

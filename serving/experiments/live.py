@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +54,7 @@ class LiveExperiments:
         self._file = folder / SNAPSHOT_FILE
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._watcher: threading.Thread | None = None
+        self._waiting: deque[Callable[[], None]] = deque()
         self._unreachable: str | None = None
         self._secret = ""  # of the database, once it was asked: the snapshot's may be another's
         self.store = Store(self._database)
@@ -101,13 +102,14 @@ class LiveExperiments:
 
         Raises:
             DatabaseDownError: it does not answer.
+            MergerouteError: it holds what cannot be read.
         """
         with self._lock:
             try:
                 with self.store.reading() as experiments:
                     stored, default = experiments.list(), experiments.default_target()
                 self._secret = self._secret or self.store.secret()
-            except DatabaseDownError as error:
+            except MergerouteError as error:  # it is down, or holds what cannot be read
                 if self._unreachable is None:
                     logger.warning("experiments go on as they were last known: %s", error)
                 self._unreachable = str(error)
@@ -123,7 +125,7 @@ class LiveExperiments:
         """As `Store.changing`; requests see what was changed as soon as the block has ended."""
         with self.store.changing() as experiments:
             yield experiments
-        with suppress(DatabaseDownError):  # it is done: the next look sees it
+        with suppress(MergerouteError):  # it is done: the next look sees it
             self.refresh()
 
     def watch(self, look: Callable[[], None]) -> None:
@@ -132,6 +134,10 @@ class LiveExperiments:
             target=self._watch, args=(look,), name="mergeroute-experiments", daemon=True
         )
         self._watcher.start()
+
+    def later(self, change: Callable[[], None]) -> None:
+        """Make a change as soon as the database answers: it is tried every second."""
+        self._waiting.append(change)
 
     def status(self) -> dict[str, Any]:
         """As `Recorder.status`; down is also a database that cannot be read."""
@@ -165,6 +171,9 @@ class LiveExperiments:
         while not self._closing.wait(REFRESH_S):
             try:
                 self.refresh()
+                while self._waiting:
+                    self._waiting[0]()
+                    self._waiting.popleft()
                 look()
             except MergerouteError as error:  # told of by status, and tried again
                 logger.debug("experiments were not looked at: %s", error)

@@ -90,8 +90,8 @@ class Monitor:
         for guard in experiment.guardrails:
             sums = self._live.store.sums(experiment.name, guard.metric, span)
             if reason := _breach(running, guard, sums):
-                self._live.pauses[experiment.name] += 1
                 self._pause(running, reason)
+                self._live.pauses[experiment.name] += 1
                 return
 
     def _pause(self, running: Running, reason: str) -> None:

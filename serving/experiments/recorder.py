@@ -16,6 +16,7 @@ from ..errors import ApiError, SettingsError
 from .database import DatabaseDownError
 from .journal import Journal, JournalFullError
 from .records import Exposure, Feedback, Outcome, Record, ShadowPair, StoredRequest, to_line
+from .refusals import check_same, unknown_request
 from .store import Store
 from .undrained import Undrained
 
@@ -89,13 +90,15 @@ class Recorder:
                 return found
             if wait_s is not None:
                 await asyncio.sleep(wait_s)
-        raise ApiError(
-            f"no answer of an experiment has the request id {request_id!r}: give the x-request-id "
-            "of one",
-            status=404,
-            param="request_id",
-            code="request_not_found",
-        )
+        raise unknown_request(request_id)
+
+    async def find_request(self, request_id: str) -> StoredRequest | None:
+        """What the database has to answer a request again.
+
+        Raises:
+            DatabaseDownError: it does not answer.
+        """
+        return await self._ask(lambda: self._store.find_request(request_id))
 
     async def feedback(self, feedback: Feedback) -> bool:
         """Keep feedback for an exposure that was found; whether it is new. The same again (by its
@@ -114,7 +117,7 @@ class Recorder:
                 self._journal.append(feedback)
                 self._known.add(feedback)
                 return True
-        _check_same(earlier, feedback)
+        check_same(earlier, feedback)
         return False
 
     def status(self) -> dict[str, Any]:
@@ -224,31 +227,3 @@ class Recorder:
         if error is None and self._error is not None:
             logger.info("records of experiments reach the database again")
         self._error = error
-
-
-def _check_same(earlier: Feedback, feedback: Feedback) -> None:
-    """Refuse another one under the same key, or another value of the same."""
-    is_same = (earlier.request_id, earlier.metric, earlier.value) == (
-        feedback.request_id,
-        feedback.metric,
-        feedback.value,
-    )
-    if is_same:
-        return
-    is_keyed = (earlier.caller, earlier.idempotency_key) == (
-        feedback.caller,
-        feedback.idempotency_key or "",
-    )
-    if is_keyed:
-        raise ApiError(
-            "the Idempotency-Key was used for other feedback: use a new one for each",
-            status=409,
-            param="Idempotency-Key",
-            code="idempotency_key_reused",
-        )
-    raise ApiError(
-        f"{feedback.metric} of this request is {earlier.value:g} already: feedback is not changed",
-        status=409,
-        param="value",
-        code="feedback_exists",
-    )

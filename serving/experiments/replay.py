@@ -23,11 +23,11 @@ from ..schemas.completions import ChatRequest, CompletionRequest, GenerationBody
 from ..terms import terms_of
 from ..validation import validate
 from .again import begin, follow, unstreamed
-from .feedback import unknown_request
 from .keeping import answer_of, decisions_of, parts_of
 from .live import LiveExperiments
 from .plan import Plan
 from .records import StoredRequest
+from .refusals import unknown_request
 
 if TYPE_CHECKING:
     from ..service import Service
@@ -103,7 +103,7 @@ async def _stored(live: LiveExperiments, request_id: str, caller: Caller) -> Sto
     if not is_admin and exposure.caller != caller.name:
         raise unknown_request(request_id)
     for wait_s in (*_WAITS_S, None):
-        stored = await asyncio.to_thread(live.store.find_request, request_id)
+        stored = await live.recorder.find_request(request_id)
         if stored is not None:
             if is_admin or json.loads(stored.engine)["caller"] == caller.name:
                 return stored

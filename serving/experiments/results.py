@@ -90,6 +90,7 @@ def _stats(variant: str, arm: Arm) -> dict[str, Any]:
     return {
         "variant_name": variant,
         "sample_size": arm.units,
+        "effective_units": arm.effective_units,
         "observations": int(arm.observations),
         "mean": arm.mean,
         "standard_error": arm.standard_error,
@@ -142,7 +143,7 @@ def _power(found: Judged, metric: str, variant: str) -> dict[str, Any] | None:
     per_unit = max(1.0, control.x / control.n)
     design = Design(deviation, per_unit, share=mine / (mine + its), alpha=document.alpha)
     needed = units_needed(design, PLANNED_CHANGE * abs(control.mean or 0.0))
-    days = max((time.time() - found.stored.created_at) / _DAY_S, 1e-6)
+    days = max((time.time() - found.since) / _DAY_S, 1e-6)
     pace = so_far / days
     return {
         "minimum_detectable_effect": minimum_detectable_effect(design, so_far),
@@ -198,7 +199,10 @@ def _warnings(found: Judged) -> Iterator[str]:
     if stored.document.bandit:
         yield "a bandit moves the weights: intervals are for the winner's choice, not for reports"
     elif found.span.version_from not in (None, stored.first_version):
-        yield f"counted since version {found.span.version_from}, when the weights last changed"
+        yield (
+            f"counted since version {found.span.version_from}: "
+            "GET .../results?version_from=VERSION counts from another"
+        )
 
 
 def _interval(found: Interval | None, *, scale: float = 1) -> dict[str, float] | None:

@@ -24,6 +24,7 @@ from .schemas import ChangeRequest, FeedbackRequest, PromoteRequest, RampRequest
 
 _PATH = "/v1/experiments/{name}"
 MAX_POINTS = 200
+MAX_VERSION = 2**31 - 1
 _Kind = TypeVar("_Kind", bound=Body)
 _Change = Callable[[Experiments], StoredExperiment]
 
@@ -59,7 +60,7 @@ def _add_reading(app: FastAPI, service: Service) -> None:
     @app.get(_PATH + "/results")
     async def judged(name: str, request: Request) -> dict[str, Any]:
         points = _number(request, "points", most=MAX_POINTS)
-        since = _number(request, "version_from", most=None)
+        since = _number(request, "version_from", most=MAX_VERSION)
         return await asyncio.to_thread(
             results, live_of(service).store, name, points=points, version_from=since or None
         )
@@ -197,10 +198,11 @@ def _author(request: Request, body: ChangeRequest | None = None) -> Author:
     )
 
 
-def _number(request: Request, name: str, *, most: int | None) -> int:
+def _number(request: Request, name: str, *, most: int) -> int:
     """A whole number of the query; 0 where it is left out."""
     given = request.query_params.get(name, "0")
-    if not (given.isascii() and given.isdigit()) or (most is not None and int(given) > most):
-        rule = f"from 0 to {most}" if most is not None else "from 0"
-        raise ApiError(f"{name} is {given[:60]!r}, it must be a whole number {rule}", param=name)
+    if not (given.isascii() and given.isdigit() and len(given) < 20 and int(given) <= most):
+        raise ApiError(
+            f"{name} is {given[:60]!r}, it must be a whole number from 0 to {most}", param=name
+        )
     return int(given)

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from ...adapters.errors import RequestError
 from ..schemas.body import Body
 
-_WHY = Field("", max_length=1000, description="kept with the change")
+_WHY = Field("", max_length=1000, pattern=r"^[^\x00]*$", description="kept with the change")
+_REQUEST_ID = r"^[\x21-\x7e]{1,128}$"
 
 
 class ChangeRequest(Body):
@@ -43,7 +44,7 @@ class FeedbackRequest(Body):
     """`POST /v1/feedback`."""
 
     request_id: str = Field(
-        min_length=1, max_length=128, description="x-request-id of the answer that is judged"
+        pattern=_REQUEST_ID, description="x-request-id of the answer that is judged"
     )
     metric: str = Field(min_length=1, max_length=64, description="one that the experiment declares")
     value: float = Field(allow_inf_nan=False, description="binary: 0 or 1; count: 0, 1, 2, ...")
@@ -53,5 +54,5 @@ class ReplayRequest(Body):
     """`POST /v1/replay`."""
 
     request_id: str = Field(
-        min_length=1, max_length=128, description="x-request-id of the answer that is asked for"
+        pattern=_REQUEST_ID, description="x-request-id of the answer that is asked for"
     )

@@ -59,7 +59,13 @@ def running_of(stored: StoredExperiment) -> Running:
     """As requests meet it."""
     allocation = stored.allocation or allocate(stored.document.weights)
     return Running(
-        stored.document, stored.version, allocation, stored.ranges, stored.state, stored.promoted
+        stored.document,
+        stored.version,
+        allocation,
+        stored.ranges,
+        stored.state,
+        stored.promoted,
+        stored.first_version,
     )
 
 
@@ -101,6 +107,7 @@ def _as_json(running: Running) -> dict[str, Any]:
         "ranges": [list(one) for one in running.ranges],
         "state": running.state,
         "promoted": running.promoted,
+        "first_version": running.first_version,
     }
 
 
@@ -112,4 +119,5 @@ def _from_json(document: dict[str, Any]) -> Running:
         tuple((start, end) for start, end in document["ranges"]),
         document["state"],
         document["promoted"],
+        document["first_version"],
     )

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Double,
     FromClause,
-    Table,
     case,
     cast,
     func,
+    literal,
     select,
 )
 
-from .metrics import BUILT_IN
+from .metric_values import values_of
 from .statistics.units import Sums
-from .tables import experiments, exposures, feedback, outcomes, versions
+from .tables import experiments, exposures, versions
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,7 @@ class UnitCounts:
 
 def sums(connection: Connection, experiment: str, metric: str, span: Span) -> dict[str, Sums]:
     """By variant, over the units that have a value; see `Store.sums`."""
-    counts = counted(connection, experiment, span)
-    totals = _totals(counts, metric, _began(connection, experiment))
-    x, y, z = totals.c.x, totals.c.y, totals.c.z
-    products = (y, x, y * y, x * x, x * y, z, z * z, y * z, x * z)
-    asked = select(totals.c.variant, func.count(), *map(func.sum, products)).group_by(
-        totals.c.variant
-    )
-    return {row[0]: Sums(row[1], *map(float, row[2:])) for row in connection.execute(asked)}
+    return _up_to(connection, experiment, metric, span, ())[0]
 
 
 def unit_counts(connection: Connection, experiment: str, span: Span) -> UnitCounts:
@@ -77,8 +73,8 @@ def series(
     if first is None:
         return []
     moments = [first + (last - first) * (point + 1) / points for point in range(points - 1)]
-    told = [(at, sums(connection, experiment, metric, replace(span, until=at))) for at in moments]
-    return [*told, (last, sums(connection, experiment, metric, span))]
+    told = _up_to(connection, experiment, metric, span, moments)
+    return list(zip([*moments, last], told, strict=True))
 
 
 def counted(connection: Connection, experiment: str, span: Span) -> list[ColumnElement[bool]]:
@@ -124,25 +120,100 @@ _VARIANTS = (
 """The same for a unit that was seen in one variant only."""
 
 
-def _totals(counts: Sequence[ColumnElement[bool]], metric: str, began: int) -> FromClause:
-    """Of every unit that was seen in one variant and has a value: variant, y, x, z."""
-    values, value, belongs = _values(metric)
-    x = func.count(value)
-    own = (
-        select(exposures.c.unit, *_VARIANTS, func.sum(value).label("y"), cast(x, Double).label("x"))
+def _up_to(
+    connection: Connection, experiment: str, metric: str, span: Span, moments: Sequence[float]
+) -> list[dict[str, Sums]]:
+    """Sums over the exposures before each of the moments, which ascend; at last, over all."""
+    counts = counted(connection, experiment, span)
+    totals = _totals(counts, metric, _began(connection, experiment), moments)
+    keys = (totals.c.variant, totals.c.slot, totals.c.until)
+    y, x, z = totals.c.y, totals.c.x, totals.c.z
+    is_known = case((z.is_not(None), 1.0), else_=0.0)
+    known = (is_known, z, z * z, y * z, x * z, y * is_known, x * is_known)
+    summed = [func.sum(each) for each in (y, x, y * y, x * x, x * y, *known)]
+    found: dict[str, NDArray[np.float64]] = defaultdict(
+        lambda: np.zeros((len(moments) + 1, 1 + len(summed)))
+    )
+    for variant, slot, until, *values in connection.execute(
+        select(*keys, func.count(), *summed).group_by(*keys)
+    ):
+        found[variant][slot:until] += [value or 0.0 for value in values]
+    return [
+        _filled({variant: each[slot] for variant, each in found.items()})
+        for slot in range(len(moments) + 1)
+    ]
+
+
+def _filled(rows: dict[str, NDArray[np.float64]]) -> dict[str, Sums]:
+    """By variant, where there are units: those without a past have the mean past of the others.
+
+    rows: units, and sums of y, x, yy, xx, xy over them; then, of those with a past, their number
+    and sums of z, zz, yz, xz, y, x.
+    """
+    known = sum(row[6] for row in rows.values())
+    fill = sum(row[7] for row in rows.values()) / known if known else 0.0
+    told = {}
+    for variant, (n, y, x, yy, xx, xy, k, z, zz, yz, xz, ky, kx) in rows.items():
+        if n:
+            past = (z + fill * (n - k), zz + fill * fill * (n - k))
+            both = (yz + fill * (y - ky), xz + fill * (x - kx))
+            told[variant] = Sums(int(n), *map(float, (y, x, yy, xx, xy, *past, *both)))
+    return told
+
+
+def _totals(
+    counts: Sequence[ColumnElement[bool]], metric: str, began: int, moments: Sequence[float]
+) -> FromClause:
+    """What each unit adds up to: variant, y, x, z from its slot on until another one (NULL: until
+    the end), while it was seen in one variant and has a value. z: NULL where there is no past.
+    """
+    own = _by_slot(counts, metric, moments)
+    told = {
+        "until": func.lead(own.c.slot),
+        "variant": func.min(own.c.variant),
+        "last": func.max(own.c.last),
+        "y": func.sum(own.c.y),
+        "x": func.sum(own.c.x),
+    }
+    columns = (
+        each.over(partition_by=own.c.unit, order_by=own.c.slot).label(name)
+        for name, each in told.items()
+    )
+    so_far = select(own.c.unit, own.c.slot, *columns).cte("so_far")
+    before = _before(own, metric, began)
+    kept = (so_far.c[name] for name in ("variant", "slot", "until", "y", "x"))
+    return (
+        select(*kept, before.c.mean.label("z"))
+        .outerjoin(before, before.c.unit == so_far.c.unit)
+        .where(so_far.c.variant == so_far.c.last, so_far.c.x > 0)
+        .cte("totals")
+    )
+
+
+def _by_slot(
+    counts: Sequence[ColumnElement[bool]], metric: str, moments: Sequence[float]
+) -> FromClause:
+    """Of every unit, its values between two moments: slot 0 is before the first of them."""
+    values, value, belongs = values_of(metric)
+    slots = [(exposures.c.at < moment, number) for number, moment in enumerate(moments)]
+    slot = case(*slots, else_=len(moments)) if slots else literal(0)
+    given = (
+        select(exposures.c.unit, exposures.c.variant, value.label("value"), slot.label("slot"))
         .outerjoin_from(exposures, values, belongs)
         .where(*counts)
-        .group_by(exposures.c.unit)
-        .having((func.min(exposures.c.variant) == func.max(exposures.c.variant)) & (x > 0))
-        .cte("own")
+        .subquery("given")
     )
-    before = _before(own, metric, began)
-    known = func.avg(before.c.mean).over()  # of those that have one
-    z = func.coalesce(before.c.mean, known, 0.0).label("z")
     return (
-        select(own.c.variant, own.c.y, own.c.x, z)
-        .outerjoin(before, before.c.unit == own.c.unit)
-        .cte("totals")
+        select(
+            given.c.unit,
+            given.c.slot,
+            func.min(given.c.variant).label("variant"),
+            func.max(given.c.variant).label("last"),
+            func.coalesce(func.sum(given.c.value), 0.0).label("y"),
+            cast(func.count(given.c.value), Double).label("x"),
+        )
+        .group_by(given.c.unit, given.c.slot)
+        .cte("own")
     )
 
 
@@ -150,7 +221,7 @@ def _before(own: FromClause, metric: str, began: int) -> FromClause:
     """The mean of each unit's values before the experiment began, in the order of insertion: clocks
     of several servers need not agree.
     """
-    values, value, belongs = _values(metric)
+    values, value, belongs = values_of(metric)
     return (
         select(exposures.c.unit, func.avg(value).label("mean"))
         .join_from(exposures, values, belongs)
@@ -159,25 +230,3 @@ def _before(own: FromClause, metric: str, began: int) -> FromClause:
         .group_by(exposures.c.unit)
         .cte("before")
     )
-
-
-def _values(metric: str) -> tuple[Table, ColumnElement[float], ColumnElement[bool]]:
-    """Where a metric's values are, what they are, and which belong to an exposure. A value is NULL
-    where a request has none: how long an answer took and was is told of those without an error.
-    """
-    belongs = outcomes.c.request_id == exposures.c.request_id
-    if metric not in BUILT_IN:
-        same = feedback.c.request_id == exposures.c.request_id
-        return feedback, feedback.c.value, same & (feedback.c.metric == metric)
-    if metric == "error":
-        return outcomes, _one_if(outcomes.c.error.is_not(None)), belongs
-    if metric == "truncated":
-        return outcomes, _one_if(outcomes.c.finish_reason == "length"), belongs
-    value = case((outcomes.c.error.is_(None), cast(outcomes.c[metric], Double)))
-    return outcomes, value, belongs
-
-
-def _one_if(condition: ColumnElement[bool]) -> ColumnElement[float]:
-    """1 or 0; NULL where there is no outcome at all."""
-    one, zero = cast(1.0, Double), cast(0.0, Double)
-    return case((outcomes.c.request_id.is_(None), None), (condition, one), else_=zero)

@@ -70,7 +70,7 @@ class Readings(Collector):
     def _replicas(self) -> Iterator[Metric]:
         """Of the servers of vLLM, where there are any."""
         engines = {h.bank.backbone.name: h.upstream for h in self._service.hosted if h.upstream}
-        for field, spec in REPLICAS.items() if engines else ():
+        for field, spec in REPLICAS.items():
             family = _FAMILIES[spec.kind](PREFIX + spec.name, spec.text, labels=spec.labels)
             for backbone, engine in engines.items():
                 for state in engine.states():

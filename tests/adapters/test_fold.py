@@ -243,7 +243,7 @@ def test_modules_that_are_used_least_become_one(backbone: Backbone, tmp_path: Pa
     """What is used most stays as it is, and what is never used counts a hundredth."""
     modules = [make_module(MODEL, name, seed=k) for k, name in enumerate("abc", 3)]
     bank = write_pool(tmp_path, backbone, modules)
-    kept, joined = folded(bank, to=2, usage={"a": 3.0, "b": 9.0}).modules
+    joined, kept = folded(bank, to=2, usage={"a": 3.0, "b": 9.0}).modules
     assert (kept.name, kept.provenance) == ("b", {"from": "test"})
     report = {member["name"]: member for member in joined.provenance["members"]}
     assert (report["a"]["share"], report["c"]["share"]) == (0.25, 0.01)

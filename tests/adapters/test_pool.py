@@ -24,6 +24,7 @@ from mergeroute.adapters.pool import (
     ranks_within,
     relative_error,
     shrink_module,
+    used_groups,
     without_double_head,
 )
 from mergeroute.adapters.ranks import component_bytes
@@ -86,6 +87,38 @@ def test_equal_modules_are_grouped_first_and_only_as_far_as_asked() -> None:
     assert groups(cosine, 2) == [[0, 2, 3], [1]]
     assert sorted(map(len, groups(cosine, 3))) == [1, 1, 2]
     assert [1] in groups(cosine, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), size=st.integers(2, 6), data=st.data())
+def test_used_modules_are_grouped_by_what_traffic_loses(
+    seed: int, size: int, data: st.DataObject
+) -> None:
+    """The first step against every pair, by the squared error of the pair's weighed mean."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.nn.functional.normalize(torch.randn(size, 8, generator=generator).double(), dim=1)
+    numbers = st.lists(st.floats(0.01, 1), min_size=size, max_size=size)
+    shares = data.draw(numbers)
+
+    def loss(a: int, b: int) -> float:
+        mean = (shares[a] * x[a] + shares[b] * x[b]) / (shares[a] + shares[b])
+        return sum(shares[k] * float((x[k] - mean).square().sum()) for k in (a, b))
+
+    losses = {(a, b): loss(a, b) for a in range(size) for b in range(a + 1, size)}
+    found = used_groups(x @ x.T, shares, size - 1)
+    joined = next(group for group in found if len(group) > 1)
+    assert losses[joined[0], joined[1]] == pytest.approx(min(losses.values()))
+    assert sorted(k for group in found for k in group) == list(range(size))
+    assert used_groups(x @ x.T, shares, 1) == [list(range(size))]
+
+
+def test_what_is_used_most_stays_as_it_is() -> None:
+    """Of modules that have nothing in common; copies meet before that."""
+    shares = [1 / rank for rank in range(1, 9)]
+    assert used_groups(torch.eye(8), shares, 4) == [[0], [1], [2], [3, 4, 5, 6, 7]]
+    cosine = torch.eye(3)
+    cosine[0, 2] = cosine[2, 0] = 1
+    assert used_groups(cosine, [0.6, 0.01, 0.4], 2) == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -260,6 +260,7 @@ def test_the_state_folder_is_looked_at_and_not_made(tmp_path: Path) -> None:
     (new / "modules.json").write_text("{")
     assert told(host(state=str(new)), "state")[0][0] == "error"
     assert told(host(module_sources={"uploads": True}), "state")[0][0] == "error"
+    assert told(host(database="sqlite:///trial.sqlite"), "state")[0][0] == "error"
 
 
 def test_module_roots_must_be_there_and_not_everybodys(tmp_path: Path) -> None:

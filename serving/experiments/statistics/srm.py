@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scipy.special import chdtrc
@@ -21,14 +21,6 @@ class SampleRatio:
     is_mismatch: bool
 
 
-@dataclass(frozen=True)
-class Split:
-    """How many units each variant got, and the weights it got them by."""
-
-    counts: Mapping[str, int]
-    weights: Mapping[str, float]
-
-
 def sample_ratio(counts: Mapping[str, int], weights: Mapping[str, float]) -> SampleRatio:
     """Pearson's chi-square test of the units (never requests) against the weights.
 
@@ -40,44 +32,24 @@ def sample_ratio(counts: Mapping[str, int], weights: Mapping[str, float]) -> Sam
     Source: Fabijan et al. 2019, Diagnosing Sample Ratio Mismatch in Online Controlled
     Experiments, KDD.
     """
-    return sample_ratio_of([Split(counts, weights)])
-
-
-def sample_ratio_of(splits: Sequence[Split]) -> SampleRatio:
-    """The same for weights that changed: units are counted under the weights they were assigned by.
-
-    The chi-squares of all splits are added up, and their degrees of freedom. A split with fewer
-    than 5 units expected in a variant is left out.
-    """
-    statistic, degrees = 0.0, 0
-    for split in splits:
-        _check(split)
-        if any(split.counts.get(name, 0) for name, weight in split.weights.items() if weight == 0):
-            return SampleRatio(0.0, None, is_mismatch=True)
-        found = _chi_square(split)
-        if found is not None:
-            statistic += found
-            degrees += sum(weight > 0 for weight in split.weights.values()) - 1
-    if degrees == 0:
+    _check(counts, weights)
+    if any(counts.get(name, 0) for name, weight in weights.items() if weight == 0):
+        return SampleRatio(0.0, None, is_mismatch=True)
+    units, total = sum(counts.values()), sum(weights.values())
+    expected = {name: units * (w / total) for name, w in weights.items() if w > 0}
+    if len(expected) < 2 or min(expected.values()) < FEWEST_EXPECTED:
         return SampleRatio(None, None, is_mismatch=False)
-    p_value = float(chdtrc(degrees, statistic))
+    statistic = sum((counts.get(name, 0) - many) ** 2 / many for name, many in expected.items())
+    p_value = float(chdtrc(len(expected) - 1, statistic))
     return SampleRatio(p_value, statistic, is_mismatch=p_value < ALARM)
 
 
-def _chi_square(split: Split) -> float | None:
-    units, total = sum(split.counts.values()), sum(split.weights.values())
-    expected = {name: units * (w / total) for name, w in split.weights.items() if w > 0}
-    if min(expected.values(), default=0) < FEWEST_EXPECTED:
-        return None
-    return sum((split.counts.get(name, 0) - many) ** 2 / many for name, many in expected.items())
-
-
-def _check(split: Split) -> None:
-    for name, value in (*split.counts.items(), *split.weights.items()):
+def _check(counts: Mapping[str, int], weights: Mapping[str, float]) -> None:
+    for name, value in (*counts.items(), *weights.items()):
         if not 0 <= value < float("inf"):
             raise ValueError(
                 f"{name} has {value}: counts and weights are finite and never negative"
             )
-    unknown = sorted(set(split.counts) - set(split.weights))
+    unknown = sorted(set(counts) - set(weights))
     if unknown:
         raise ValueError(f"{', '.join(unknown)} has units and no weight: give every variant's")

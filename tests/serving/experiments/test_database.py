@@ -126,6 +126,16 @@ def test_sqlite_writes_ahead_and_readers_do_not_wait(tmp_path: Path) -> None:
         database.close()
 
 
+def test_a_sqlite_file_is_its_owners_alone(tmp_path: Path) -> None:
+    file = tmp_path / "experiments.sqlite"
+    database = Database(f"sqlite:///{file}")
+    database.prepare()
+    with database.writing():
+        modes = {each.name: each.stat().st_mode & 0o777 for each in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o600}, modes
+    database.close()
+
+
 def test_a_file_that_was_taken_away_is_missed(tmp_path: Path) -> None:
     database = sqlite_database(tmp_path)
     database.prepare()

@@ -15,7 +15,7 @@ from mergeroute.serving.experiments.definition import Experiment
 from mergeroute.serving.settings import ServeSettings
 from mergeroute.serving.settings_file import read_settings
 
-from .lab import Lab, experiment, lab
+from .lab import Lab, eventually, experiment, lab
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,29 @@ def test_what_cannot_change_under_way_is_refused(served: Lab) -> None:
     with pytest.raises(SettingsError, match="'nowhere' does not exist"):
         say(served, name="gone", variants=gone)
     assert "gone" not in served.live.snapshot.by_name
+
+
+def test_what_the_file_says_is_done_when_the_database_is_back(
+    bank: Bank, farm: Bank, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    url = f"sqlite:///{tmp_path / 'data' / 'experiments.sqlite'}"
+    with lab([bank, farm], tmp_path / "state", database=url) as served:
+        (tmp_path / "data").rename(tmp_path / "away")
+        targets, document = served.service.targets, Experiment.model_validate(experiment())
+        declare(served.live, [document], targets)
+        gone = Experiment.model_validate(
+            experiment(
+                name="gone",
+                variants=[{**each, "target": "no"} for each in experiment()["variants"]],
+            )
+        )
+        declare(served.live, [gone], targets)
+        assert served.call("GET", "/health").json()["status"] == "ok"
+        (tmp_path / "away").rename(tmp_path / "data")
+        assert eventually(lambda: "trial" in served.live.snapshot.by_name, 30)
+        assert served.live.store.get("trial").state == "running"
+        assert [stored.name for stored in served.live.store.list()] == ["trial"]
 
 
 def test_the_file_is_read_and_its_faults_are_told(tmp_path: Path) -> None:

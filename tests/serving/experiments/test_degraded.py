@@ -73,6 +73,22 @@ def test_a_damaged_snapshot_is_made_anew(bank: Bank, tmp_path: Path) -> None:
         assert served.chat("auto").status_code == 200
 
 
+def test_what_another_version_of_the_program_wrote_is_told_of(
+    bank: Bank, farm: Bank, tmp_path: Path
+) -> None:
+    with lab([bank, farm], tmp_path / "state") as served:
+        served.begin()
+        served.change("trial", "pause")
+        served.change("trial", "start")
+        newer = "UPDATE mergeroute_experiment_versions SET document = '{\"new\": 1}'"
+        with sqlite3.connect(tmp_path / "state" / "experiments.sqlite") as other:
+            other.execute(f"{newer} WHERE version = 4")
+        other.close()
+        assert eventually(lambda: "warnings" in served.call("GET", "/health").json(), 30)
+        assert "another version" in served.live.status()["last_error"]
+        assert served.chat("trial", "a").headers["x-mergeroute-variant"]
+
+
 @pytest.mark.parametrize("url", ["nonsense", "oracle://somewhere", "sqlite:///no/such/folder/x"])
 def test_a_database_that_cannot_be_is_refused_at_the_start(url: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError):

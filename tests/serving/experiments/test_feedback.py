@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -96,11 +97,31 @@ def test_unknown_answers_are_refused(served: Lab) -> None:
     plain = served.chat("zoo")
     for unknown in (plain.headers["x-request-id"], "made-up"):
         assert code(served.feedback(unknown, 1)) == (404, "request_not_found")
+    for odd in ("", "a b", "nul\0", "x" * 129):
+        assert served.feedback(odd, 1).status_code == 400
+
+
+def test_other_servers_clocks_may_be_ahead(served: Lab) -> None:
+    name = served.chat("trial", "early").headers["x-request-id"]
+    known = eventually(lambda: served.live.store.find_exposure(name))
+    assert known is not None
+    served.live.recorder.expose(replace(known, request_id="ahead", at=known.at + 3600))
+    assert served.feedback("ahead", 1).status_code == 200
 
 
 def test_feedback_that_comes_too_late_is_refused(served: Lab) -> None:
     served.begin(name="brief", layer="other", feedback_days=1e-9)
     assert code(served.feedback(served.chat("brief", "f"), 1)) == (410, "feedback_too_late")
+
+
+def test_feedback_on_an_experiment_that_was_deleted_is_refused(served: Lab) -> None:
+    served.begin(name="short", layer="short")
+    answer = served.chat("short", "g")
+    served.change("short", "conclude")
+    assert served.call("DELETE", "/v1/experiments/short").status_code == 204
+    assert code(served.feedback(answer, 1)) == (410, "experiment_deleted")
+    served.begin(name="short", layer="short")  # another one
+    assert code(served.feedback(answer, 1)) == (410, "experiment_deleted")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +154,8 @@ def test_only_the_key_that_asked_may_judge(keyed: Lab) -> None:
     assert answer.status_code == 200
     other = keyed.feedback(answer, 1, **as_key(keyed, "two"))
     assert code(other) == (404, "request_not_found")
+    unknown = keyed.feedback("made-up", 1, **as_key(keyed, "two")).text
+    assert other.text == unknown.replace("made-up", answer.headers["x-request-id"])
     assert keyed.feedback(answer, 1, **as_key(keyed, "one")).status_code == 200
 
 

@@ -175,6 +175,10 @@ def test_auto_as_a_variant_is_what_was_promoted(served: Lab, bank: Bank, farm: B
     }
     digests = {name: answer.headers["x-mergeroute-bank"] for name, answer in banks.items()}
     assert digests == {"old": farm.digest, "new": bank.digest}
+    served.change("next", "promote", variant="old")
+    assert answers(served) == farm.digest
+    served.change("next", "rollback")
+    assert answers(served) == farm.digest
 
 
 def _between(control: str, other: str) -> list[dict[str, Any]]:

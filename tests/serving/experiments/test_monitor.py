@@ -164,11 +164,17 @@ def test_results_say_who_wins_and_how_certain_that_is(served: Lab) -> None:
     assert variant["power"]["units_needed"] > 1200
     assert len(found["series"]) == 4
     last = found["series"][-1]["metrics"]["score"]["new"]
-    assert last["absolute_change"] == variant["absolute_change"]
+    assert last["absolute_change"] == pytest.approx(variant["absolute_change"])
     assert {m["name"] for m in found["metrics"]} >= {"error", "latency_ms", "clicks"}
     for wrong in ({"points": "x"}, {"points": 1000}, {"version_from": -1}):
         answer = served.http.get("/v1/experiments/judged/results", params=wrong)
         assert answer.status_code == 400
+
+
+def test_what_of_results_cannot_be_asked_for(served: Lab) -> None:
+    for query in ("points=201", "points=-1", "version_from=2147483648", "points=" + "9" * 5000):
+        refused = served.http.get(f"/v1/experiments/guarded/results?{query}")
+        assert refused.status_code == 400, query
 
 
 def test_units_that_are_missing_block_the_verdict(served: Lab) -> None:

@@ -165,7 +165,7 @@ def test_a_record_at_fault_holds_nothing_up(ties: Store, tmp_path: Path) -> None
 def test_unknown_requests_are_refused_after_a_while(tmp_path: Path) -> None:
     with sqlite_store(tmp_path) as store, recording(tmp_path / "journal", store) as recorder:
         began = time.perf_counter()
-        with pytest.raises(ApiError, match="has the request id 'nobody'") as caught:
+        with pytest.raises(ApiError, match="no answer with the request id 'nobody'") as caught:
             asyncio.run(recorder.find("nobody"))
         assert 1.9 < time.perf_counter() - began < 4
         assert (caught.value.status, caught.value.param) == (404, "request_id")

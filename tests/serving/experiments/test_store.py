@@ -212,12 +212,16 @@ def test_units_are_counted_once(ties: Store) -> None:
 def test_a_series_ends_with_all(ties: Store) -> None:
     records = many(np.random.default_rng(0))
     ties.insert(records)
-    told = ties.series("ties", "score", points=5)
-    assert [sum(sums.n for sums in each.values()) for _, each in told][-1] > 0
-    assert [at for at, _ in told] == sorted(at for at, _ in told)
-    assert told[-1][1] == ties.sums("ties", "score")
-    assert told[1][1] == ties.sums("ties", "score", Span(until=told[1][0]))
-    assert ties.series("ties", "score", points=1) == [(told[-1][0], told[-1][1])]
+    for metric, points in (("latency_ms", 30), ("score", 5), ("thumbs", 1)):
+        told = ties.series("ties", metric, points=points, span=Span(version_from=2))
+        moments = [at for at, _ in told]
+        assert (len(moments), moments) == (points, sorted(moments))
+        for at, found in told:
+            until = at if at < moments[-1] else None
+            want = expected(records, metric, Span(until=until, version_from=2))
+            assert found.keys() == want.keys()
+            for variant, sums in want.items():
+                assert astuple(found[variant]) == pytest.approx(astuple(sums), rel=1e-9)
     assert ties.series("nothing", "score", points=5) == []
 
 

@@ -35,22 +35,26 @@ def family(server: serving) -> list[psutil.Process]:
 
 def test_told_to_stop_it_drains_and_leaves_nothing(tmp_path: Path, bank: Bank) -> None:
     server = serving("serve", "--config", settings(tmp_path, bank), "--vllm-option", "token_s=0.05")
-    texts: list[str] = []
+    lines: list[str] = []
+    begun = threading.Event()
 
-    def stream(url: str) -> None:
+    def follow(url: str) -> None:
         body = {"model": "upper", "prompt": "x", "max_tokens": 30, "stream": True}
-        texts.append(httpx.post(url + "/v1/completions", json=body, timeout=30).text)
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as answer:
+            for line in answer.iter_lines():
+                begun.set()
+                lines.append(line)
 
     with server as url:
         started = family(server)
         assert len(started) == 4  # a keeper and a server, twice
         assert httpx.get(url + "/ready").status_code == 200
-        asking = threading.Thread(target=stream, args=(url,))
+        asking = threading.Thread(target=follow, args=(url,))
         asking.start()
-        wait_for(lambda: "mergeroute_engine_running" in httpx.get(url + "/metrics").text)
+        assert begun.wait(20)
         server.process.send_signal(signal.SIGTERM)
         asking.join()
-        assert texts[0].endswith("data: [DONE]\n\n")
+        assert list(filter(None, lines))[-1] == "data: [DONE]"
         assert server.process.wait(20) == 0
     wait_for(lambda: not any(process.is_running() for process in started))
     assert any("2 vLLM servers" in line for line in server.lines)

@@ -21,6 +21,7 @@ from mergeroute.serving.telemetry.catalogue import (
     EXPERIMENTS,
     FEEDBACK,
     PAUSES,
+    REPLICAS,
     SHADOWS,
 )
 from mergeroute.serving.telemetry.labels import Names
@@ -53,8 +54,8 @@ def test_what_is_exposed_is_what_the_catalogue_says(watched: Watched) -> None:
     }
     assert shown.items() <= known.items()
     absent = {name for name in known.keys() - shown.keys() if not name.endswith("_created")}
-    experiments = (*EXPERIMENTS.values(), FEEDBACK, PAUSES, SHADOWS)
-    unset = {spec.full_name for spec in experiments} | {"mergeroute_exposures_total"}
+    others = (*EXPERIMENTS.values(), FEEDBACK, PAUSES, SHADOWS, *REPLICAS.values())
+    unset = {spec.full_name for spec in others} | {"mergeroute_exposures_total"}
     assert absent == {"mergeroute_modules_budget_bytes"} | unset  # none is set, there are none
 
 
