@@ -21,7 +21,6 @@ from .module_files import CONFIG_FILE, INT8_FILE, module_files
 from .pool import (
     FoldMethod,
     groups,
-    inner_products,
     layers_of,
     likeness,
     merge_modules,
@@ -266,10 +265,10 @@ def _groups(
     """Which members become one."""
     modules, shapes = [member.module for member in members], folding.bank.backbone.shapes
     step = folding.progress("likeness of modules", len(layers_of(modules, shapes)))
+    cosine = likeness(modules, shapes, on_layer=step)
     if shares is None:
-        return groups(likeness(modules, shapes, on_layer=step), count)
-    inner = inner_products(modules, shapes, on_layer=step)
-    return used_groups(inner, [shares[member.entry.name] for member in members], count)
+        return groups(cosine, count)
+    return used_groups(cosine, [shares[member.entry.name] for member in members], count)
 
 
 def _merged(

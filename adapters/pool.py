@@ -34,13 +34,6 @@ def likeness(
 
     A tied head counts with its embedding. on_layer: called after each of `layers_of`.
     """
-    return cosines(inner_products(modules, shapes, on_layer=on_layer))
-
-
-def inner_products(
-    modules: Sequence[Module], shapes: Shapes, *, on_layer: Callable[[], None] = lambda: None
-) -> Tensor:
-    """Inner products [m, m] of modules, float64; see `likeness`."""
     wholes = [module.resolved(shapes) for module in modules]
     inner = torch.zeros(len(modules), len(modules), dtype=torch.float64)
     for layer in layers_of(modules, shapes):
@@ -50,7 +43,7 @@ def inner_products(
     for name in _vectors_of(modules):
         stacked = _stacked(modules, name).double()
         inner += stacked @ stacked.T
-    return inner
+    return cosines(inner)
 
 
 def layers_of(modules: Iterable[Module], shapes: Shapes) -> list[str]:
@@ -74,12 +67,12 @@ def groups(cosine: Tensor, count: int) -> list[list[int]]:
     return list(found.values())
 
 
-def used_groups(inner: Tensor, shares: Sequence[float], count: int) -> list[list[int]]:
+def used_groups(cosine: Tensor, shares: Sequence[float], count: int) -> list[list[int]]:
     """Indices of `count` groups of modules, each sorted, by their first members: at every step the
-    two become one whose changes lose least by it, in squares, weighed by how much they are used. So
-    modules that are alike meet first, then those that change little or are seldom used.
+    two become one whose changes, of equal norm, lose least by it in squares, weighed by how much
+    they are used. So modules that are alike meet first, then those that are seldom used.
 
-    inner: [m, m], their inner products. shares: of the traffic, above 0. count: in 1 to m - 1.
+    cosine: [m, m]. shares: of the traffic, above 0. count: in 1 to m - 1.
 
     Source: Ward 1963, Hierarchical Grouping to Optimize an Objective Function, with weights.
     """
@@ -87,7 +80,7 @@ def used_groups(inner: Tensor, shares: Sequence[float], count: int) -> list[list
     while len(parts) > count:
         total = parts.sum(1)
         means = parts / total[:, None]
-        products = means @ inner.double() @ means.T
+        products = means @ cosine.double() @ means.T
         apart = products.diagonal()[:, None] + products.diagonal() - 2 * products
         loss = apart / (1 / total[:, None] + 1 / total)
         pair = divmod(int(loss.fill_diagonal_(torch.inf).argmin()), len(parts))

@@ -166,6 +166,10 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", help="Also a page, with plots of the effects over time."),
     ] = None,
+    version_from: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="VERSION", help="Count from there, not from the last ramp."),
+    ] = None,
     url: UrlOption = _HERE,
     key_file: KeyFileOption = None,
     as_json: JsonOption = False,
@@ -177,7 +181,7 @@ def report(
     if html:
         check_page(html)
     server = _server(url, key_file)
-    document = server.results(name, points=_POINTS if html else 0)
+    document = server.results(name, points=_POINTS if html else 0, version_from=version_from)
     results = read_results(document)
     if html:
         write_page(html, results, server.versions(name))

@@ -89,9 +89,12 @@ class ExperimentServer:
         """One, as it was at each version."""
         return self._ask("GET", _path(name) + "/versions")[0]
 
-    def results(self, name: str, *, points: int = 0) -> dict[str, Any]:
+    def results(
+        self, name: str, *, points: int = 0, version_from: int | None = None
+    ) -> dict[str, Any]:
         """What is known of one. points: of effects over time."""
-        return self._ask("GET", f"{_path(name)}/results?points={points}")[0]
+        since = f"&version_from={version_from}" if version_from else ""
+        return self._ask("GET", f"{_path(name)}/results?points={points}{since}")[0]
 
     def change(self, name: str, verb: str, **body: str) -> dict[str, Any]:
         """Start, pause, conclude, promote or roll back."""

@@ -1,9 +1,10 @@
 """A program of its own, between the gateway and a server that it starts: whatever ends the gateway,
 nothing of the server stays behind. Standard library alone, so that it is there at once.
 
-    python keeper.py LIFELINE GRACE_S COMMAND...
+    python keeper.py LIFELINE GRACE_S FOLDER COMMAND...
 
 LIFELINE: a pipe's file descriptor, whose other end the gateway holds. It ends with the gateway.
+FOLDER: the gateway's own, which is removed where the gateway cannot any more; empty: none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ _SET_SUBREAPER = 36
 _TICK_S = 0.05
 
 
-def main(lifeline: int, grace_s: float, command: list[str]) -> int:
+def main(lifeline: int, grace_s: float, folder: str, command: list[str]) -> int:
     """Run a command until it ends, the lifeline breaks or SIGTERM comes; returns its exit status.
     Then all that it started is ended too, whoever its parent has become.
     """
@@ -37,17 +39,21 @@ def main(lifeline: int, grace_s: float, command: list[str]) -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     _control(_SET_SUBREAPER, 1)
     server = subprocess.Popen(command, preexec_fn=_die_with_parent, pass_fds=())
+    is_orphan = False
     while server.poll() is None and not asked:
         ready, _, _ = select.select([lifeline, wake], [], [])
         with suppress(BlockingIOError):
             os.read(wake, 4096)
         if lifeline in ready:
+            is_orphan = True
             break
     if server.poll() is None:
         server.terminate()
         with suppress(subprocess.TimeoutExpired):
             server.wait(grace_s)
     _end_all(server)
+    if is_orphan and folder:
+        shutil.rmtree(folder, ignore_errors=True)
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
 
 
@@ -93,4 +99,4 @@ def _control(what: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4:]))

@@ -52,9 +52,9 @@ class VllmOptions:
     mode: how blends are served inside vLLM, see `PluginOptions`.
     start_s: until a server that was started is ready. first_s: until a stream's first chunk, next_s
     until the next one, whole_s until an answer that is not streamed. probe_s: between two looks at
-    a server. silent_s: how long it may not answer these before it gets no requests and those that run
-    on it are given up, hung_s: before it is started again. again_s: until a
-    module that it refused is tried again. grace_s: for a server to end by itself. log_folder: of what servers print.
+    a server. silent_s: how long it may not answer these before it gets no requests and those that
+    run on it are given up, hung_s: before it is started again. again_s: until a module that it
+    refused is tried again. grace_s: for a server to end by itself. log_folder: of what they print.
     """
 
     urls: tuple[str, ...] = ()

@@ -24,12 +24,14 @@ class Launch:
 
     environment: in addition to the gateway's own. log: what it prints is appended there.
     grace_s: how long it may take to end once it is asked to, before it is killed.
+    folder: the gateway's own, which goes with it, however it goes.
     """
 
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     grace_s: float = 15.0
+    folder: Path | None = None
 
 
 class ServerProcess:
@@ -50,7 +52,8 @@ class ServerProcess:
         assert self._keeper is None
         launch = self.launch
         reading, self._lifeline = os.pipe()
-        command = [sys.executable, "-I", keeper.__file__, str(reading), str(launch.grace_s)]
+        folder = str(launch.folder or "")
+        command = [sys.executable, "-I", keeper.__file__, str(reading), str(launch.grace_s), folder]
         try:
             with launch.log.open("ab") as log:
                 self._keeper = subprocess.Popen(

@@ -105,5 +105,6 @@ def _replica(
         logs / f"{name}.log",
         {**_ENVIRONMENT, **plugin.environment, **device},
         servers.grace_s,
+        folder,
     )
     return Replica(Endpoint(name, "http://vllm", socket), ServerProcess(launch))

@@ -174,9 +174,7 @@ REPLICAS = {
     "restarts": Spec(
         "replica_restarts", "counter", "Times a server was started again", ("backbone", "replica")
     ),
-    "modules": Spec(
-        "replica_modules", "gauge", "Modules that it serves", ("backbone", "replica")
-    ),
+    "modules": Spec("replica_modules", "gauge", "Modules that it serves", ("backbone", "replica")),
 }
 """By field of ReplicaState, where vLLM runs the models."""
 

@@ -121,6 +121,13 @@ def test_a_report_without_data_says_so(ask: Ask, tmp_path: Path) -> None:
     assert told.status == 0
     assert "winner: none yet" in told.out
     assert "too few to tell" in told.out
+    ramped = ["ramp", "trial", "old=0.5", "new=0.5"]
+    assert ask(*ramped).status == 0
+    since = [
+        ask("report", "trial", *more, "--json").document["version_from"]
+        for more in ([], ["--version-from", "1"])
+    ]
+    assert since[0] > since[1] == 1
     page = tmp_path / "page.html"
     document = ask("report", "trial", "--html", page, "--json").document
     assert document["object"] == "experiment.results"

@@ -32,7 +32,9 @@ GATEWAY = """
 import sys, time
 from pathlib import Path
 from mergeroute.runtime.vllm.process import Launch, ServerProcess
-process = ServerProcess(Launch([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1]), grace_s=0.2))
+log, own = Path(sys.argv[1]), Path(sys.argv[3])
+launch = Launch([sys.executable, "-c", sys.argv[2]], log, grace_s=0.2, folder=own)
+process = ServerProcess(launch)
 process.start()
 time.sleep(60)
 """
@@ -80,12 +82,15 @@ def test_ended_nothing_is_left(tmp_path: Path, arguments: tuple[str]) -> None:
 
 
 def test_a_gateway_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    gateway = subprocess.Popen([sys.executable, "-c", GATEWAY, str(log), FAMILY])
+    log, own = tmp_path / "log", tmp_path / "own"
+    own.mkdir()
+    (own / "module").touch()
+    gateway = subprocess.Popen([sys.executable, "-c", GATEWAY, str(log), FAMILY, str(own)])
     pids = pids_in(log)
     gateway.kill()
     gateway.wait()
     wait_for(lambda: all(map(is_gone, pids)))
+    wait_for(lambda: not own.exists())
 
 
 def test_a_keeper_that_is_killed_takes_the_server_along(tmp_path: Path) -> None:
