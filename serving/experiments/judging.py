@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import ApiError
 from .definition import Experiment, Guardrail
 from .experiment_store import StoredExperiment
 from .metrics import BUILT_IN
@@ -18,8 +19,9 @@ from .sums import Span, UnitCounts
 @dataclass(frozen=True)
 class Judged:
     """An experiment and what its data say. span: the exposures that count. since: when it began to
-    run as it does in them. units: in them. ratio: of those since the weights last changed.
-    deciding: of the metrics that the verdict goes by; watching: of those that are recorded anyway.
+    run as it does in them. units: in them. ratio: of those since the weights last changed, in
+    version `ratio_since`. deciding: of the metrics that the verdict goes by; watching: of those
+    that are recorded anyway.
     """
 
     stored: StoredExperiment
@@ -27,6 +29,7 @@ class Judged:
     since: float
     units: UnitCounts
     ratio: SampleRatio
+    ratio_since: int
     sums: dict[str, dict[str, Sums]]
     deciding: Verdict
     watching: Verdict | None
@@ -37,11 +40,17 @@ def judged(store: Store, name: str, *, version_from: int | None = None) -> Judge
     and later ones.
 
     Raises:
-        ApiError: there is no such experiment, or the database does not answer.
+        ApiError: there is no such experiment or version, or the database does not answer.
     """
     history = store.history(name)
     stored, settled = history[-1], Span(version_from=settled_at(history))
     document = stored.document
+    if version_from is not None and version_from > stored.version:
+        raise ApiError(
+            f"version_from is {version_from}, the experiment {name!r} is at version "
+            f"{stored.version}: give that or an earlier one",
+            param="version_from",
+        )
     span = Span(version_from=version_from) if version_from else span_of(history)
     measured = {metric: store.sums(name, metric, span) for metric in document.measured}
     settled_units = store.unit_counts(name, settled)
@@ -54,6 +63,7 @@ def judged(store: Store, name: str, *, version_from: int | None = None) -> Judge
         _running_since(history, span),
         settled_units if span == settled else store.unit_counts(name, span),
         ratio,
+        settled_at(history),
         measured,
         _verdict(document, deciding or watching, measured, ratio),
         _verdict(document, watching, measured, ratio) if deciding and watching else None,

@@ -203,6 +203,11 @@ def _warnings(found: Judged) -> Iterator[str]:
             f"counted since version {found.span.version_from}: "
             "GET .../results?version_from=VERSION counts from another"
         )
+    if (found.span.version_from or 0) < found.ratio_since:
+        yield (
+            f"the split of units is checked since version {found.ratio_since} only, when the "
+            "weights last changed: nothing says that it was right before"
+        )
 
 
 def _interval(found: Interval | None, *, scale: float = 1) -> dict[str, float] | None:

@@ -207,3 +207,8 @@ def test_after_a_ramp_only_what_came_since_counts(served: Lab) -> None:
     assert not found["sample_ratio"]["is_mismatch"]
     everything = results(served, "ramped", version_from=1)
     assert everything["sample_ratio"]["units"] == {"old": 100, "new": 100}
+    assert any("checked since version" in warning for warning in everything["warnings"])
+    path = "/v1/experiments/ramped/results?version_from=99"
+    late = served.call("GET", path)
+    assert late.status_code == 400
+    assert late.json()["error"]["param"] == "version_from"
