@@ -108,6 +108,12 @@ class Base:
         copy = _tied_copy(shapes)
         _check_tied("the base", checkpoint, shapes)
         if missing := known.keys() - checkpoint.tensors.keys() - {copy}:
+            if any(".experts." in name for name in missing):
+                raise BackboneError(
+                    f"{path} is a sparse mixture of experts, stored one by one, which merges of "
+                    "models do not read: merge its experts by a mapping experts: {method: ...}, "
+                    "or serve modules on it by --backbone and --module"
+                )
             raise CheckpointError(
                 f"{path} lacks the tensor {min(missing)!r} ({len(missing)} in all): it is "
                 "incomplete, or stores its tensors under other names; load it and save_pretrained()"

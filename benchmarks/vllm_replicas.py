@@ -128,12 +128,12 @@ async def run(url: str, process: psutil.Process, arguments: argparse.Namespace) 
     loading = asyncio.create_task(load(url, prompts, arguments.workers, stop, began))
     await asyncio.sleep(arguments.seconds)
     victim = engines(process)[0][-1]
-    running = await _metric(url, "mergeroute_replica_requests{", replica="vllm-0")
+    names = ("vllm-0", "vllm-1")  # the first is killed
+    running = [await _metric(url, "mergeroute_replica_requests{", replica=n) for n in names]
     at_s = round(time.monotonic() - began, 2)
-    killed: dict[str, Any] = {"name": victim.name(), "at_s": at_s, "requests_on_it": running}
+    killed: dict[str, Any] = {"name": victim.name(), "at_s": at_s, "requests_on_each": running}
     victim.kill()
-    await asyncio.sleep(2)
-    while await _ready(url) < 2:
+    while await _metric(url, "mergeroute_replica_restarts_total{") < 1 or await _ready(url) < 2:
         if time.monotonic() - began > RECOVERS_WITHIN_S:
             raise SystemExit("it did not recover")
         await asyncio.sleep(0.5)

@@ -125,14 +125,14 @@ class _Objective:
     def loss(self, batch: Batch) -> Tensor:
         """The mean over a batch's answer tokens."""
         total, count = self._sum(batch)
-        return total / count
+        return total / max(1, count)  # prompts of one token have nothing to be said
 
     @torch.no_grad()
     def held_out(self, prompts: Sequence[Rendered]) -> float:
         """The mean over all answer tokens of some prompts."""
         self.student.eval()
         found = [self._sum(batch) for batch in batches(prompts, size=self.settings.batch_size)]
-        loss = float(sum(total for total, _ in found) / sum(count for _, count in found))
+        loss = float(sum(total for total, _ in found) / max(1, sum(count for _, count in found)))
         return loss if math.isfinite(loss) else math.inf  # what diverged is never the best
 
     def _sum(self, batch: Batch) -> tuple[Tensor, int]:

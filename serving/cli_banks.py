@@ -64,7 +64,11 @@ def fold(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--bytes", metavar="SIZE", help="Make modules smaller: 2MB in all."),
+        typer.Option(
+            "--bytes",
+            metavar="SIZE",
+            help="Make modules, with --to those left, smaller: 2MB in all.",
+        ),
     ] = None,
     usage: Annotated[
         Path | None,

@@ -52,8 +52,9 @@ def recover_model(
     """
     is_bank = (path / MANIFEST).is_file()
     source = _backbone(path) if is_bank else locate(path)
-    if out.exists() and not (force and ((out / "config.json").is_file() or is_bank)):
-        raise BankError(f"{out} exists: choose another folder, or --force replaces a checkpoint")
+    what, mark = ("bank", MANIFEST) if is_bank else ("checkpoint", "config.json")
+    if out.exists() and not (force and (out / mark).is_file()):
+        raise BankError(f"{out} exists: choose another folder, or --force replaces a {what}")
     place = choose_device(device)
     with progress_bars(console) as stage:
         train, held_out = _split(_prompts(data, source), seed=settings.seed)

@@ -258,7 +258,11 @@ def _layers(path: Path, checkpoint: Checkpoint, family: Family) -> Iterator[Spar
 def _layer(
     path: Path, checkpoint: Checkpoint, family: Family, *, name: str, stored: str
 ) -> SparseLayer:
-    experts, hidden = checkpoint.tensors[f"{stored}.{family.router}"].shape
+    router = f"{stored}.{family.router}"
+    shape = checkpoint.tensors[router].shape
+    if len(shape) != 2:
+        raise CheckpointError(f"{path} has {router!r} of shape {list(shape)}, a router has rows")
+    experts, hidden = shape
     is_fused = f"{stored}.{_FUSED[0]}" in checkpoint.tensors
     down = f"{stored}.{_FUSED[1]}" if is_fused else expert_names(stored, family, 0)[1]
     info = _known(path, checkpoint, down)

@@ -95,7 +95,7 @@ def unpacked(stored: Packed) -> list[Residual]:
     """
     try:
         return list(_unpacked(stored))
-    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+    except (KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"residuals do not fit together: {error}") from error
 
 
@@ -112,6 +112,8 @@ def _unpacked(stored: Packed) -> Iterator[Residual]:
     for left, right, own, value in zip(lefts, rights, rows, values, strict=True):
         if len(own) and not 0 <= int(own.min()) <= int(own.max()) < len(left):
             raise ValueError(f"row {int(own.max())} of {len(left)}")
+        if value.shape != (len(own), right.shape[1]):
+            raise ValueError(f"rows {list(value.shape)} beside factors {list(right.shape)}")
         yield Residual(LowRank(left, right), own, value)
 
 

@@ -175,9 +175,11 @@ def _read_layer(checkpoint: Checkpoint, file: Path, name: str) -> StoredLayer:
         extra = ExpertWeights(tensors["extra_gate_up"].float(), tensors["extra_down"].float())
         parts = [_below(tensors, matrix) for matrix in ("gate_up", "down")]
         residuals = (unpacked(parts[0]), unpacked(parts[1])) if all(parts) else None
-        counts = {len(groups), *(len(own) for own in residuals or ())}
-        if router.ndim != 2 or counts != {len(router)} or int(groups.min()) < 0:
+        counts = {groups.numel(), *(len(own) for own in residuals or ())}
+        if router.ndim != 2 or groups.ndim != 1 or counts != {len(router)} or groups.min() < 0:
             raise ValueError(f"router {list(router.shape)}, experts {sorted(counts)}")
+        if extra.gate_up.shape[:1] != extra.down.shape[:1]:
+            raise ValueError(f"extra {list(extra.gate_up.shape)} and {list(extra.down.shape)}")
     except (KeyError, ValueError, RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{file} is damaged at {name!r}: {error}") from error
     return StoredLayer(router, groups, extra, residuals)

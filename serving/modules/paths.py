@@ -60,7 +60,10 @@ def _found(path: str, roots: Sequence[Path]) -> Path | None:
 def _resolved(path: Path) -> Path:
     """With all links followed."""
     try:
-        return path.resolve()
+        place = path.resolve()
+        if place.resolve() != place:  # after a circle, Python leaves links unfollowed
+            raise RuntimeError("its links lead in a circle")
+        return place
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, links in a circle
         name = str(path)[-_SHOWN:]
         raise _invalid(f"{name!r} in lora_path is no path of this system: {error}") from error

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from ...adapters.blend import Blend
-from ...adapters.errors import EngineTimeoutError, MergerouteError
+from ...adapters.errors import EngineError, EngineTimeoutError, MergerouteError
 from ...runtime.engine import Generation
 from ...runtime.vllm.calls import Call, Document, Reply
 from ...runtime.vllm.engine import VllmEngine
@@ -120,6 +120,8 @@ class Relay:
                     told = self._chunk(self._legs[number], chunk, progress, usages)
                     if told is not None:
                         yield _line(told)
+            if any(one.finish_reason is None for one in progress):
+                raise EngineError("the vLLM server ended a stream without saying why")
             for number, leg in enumerate(self._legs):
                 _account(leg, usages.get(number), progress)
             if self._body.includes_usage:

@@ -152,3 +152,11 @@ def test_prompts_are_needed_on_both_sides() -> None:
     for train, held_out in ((some, []), ([], some)):
         with pytest.raises(DataError, match="prompts held out"):
             distil(damaged(teacher), teacher, train, held_out=held_out)
+
+
+def test_prompts_of_one_token_teach_nothing() -> None:
+    teacher, alone = teacher_model(), [Rendered((3,), 1)]
+    student = damaged(teacher)
+    settings = DistillationSettings(steps=1, batch_size=1, weight_decay=0.0, every=1)
+    assert distil(student, teacher, alone, held_out=alone, settings=settings).losses == {0: 0, 1: 0}
+    assert all(weight.isfinite().all() for weight in student.parameters())

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from mergeroute.adapters.bank import Bank
 from mergeroute.adapters.blend import Blend
-from mergeroute.adapters.errors import CheckpointError, UnsupportedModelError
+from mergeroute.adapters.errors import BackboneError, CheckpointError, UnsupportedModelError
+from mergeroute.adapters.experts import Base
 from mergeroute.adapters.smoe.build import MoeTools, build_moe
 from mergeroute.adapters.smoe.recipe import MoeRecipe
 from mergeroute.adapters.smoe.stored import REPORT, TENSORS, check_plain
@@ -26,7 +27,7 @@ from mergeroute.runtime.torch_engine import TorchEngine
 from mergeroute.runtime.types import GenerationRequest, SamplingParams
 
 from ..moe import CAUSAL, make_moe, save_moe, usage_of
-from ..tiny import make_prompt, reference_tokens
+from ..tiny import make_module, make_prompt, reference_tokens
 
 CPU = torch.device("cpu")
 SHARED = {"method": "shared", "residuals": {"rank": 5, "rows": 0.1, "dtype": "int8"}}
@@ -105,6 +106,28 @@ def test_the_engine_gives_the_tokens_of_the_experts_written_out(
         for prompt, generation in zip(prompts, generations, strict=True):
             tokens = [event.token_id for event in generation if event.token_id is not None]
             assert tokens == reference_tokens(reference, {}, Blend({}), prompt, 12)
+
+
+@pytest.mark.parametrize("experts", [SHARED, UNEVEN], ids=["shared", "uneven"])
+def test_task_modules_blend_on_merged_experts(experts: dict[str, Any], tmp_path: Path) -> None:
+    path = merged_bank("qwen2_moe", experts, tmp_path).backbone.path
+    reference, prompt = written_out(tmp_path, loaded(path)), make_prompt(17, seed=4)
+    modules = {name: make_module(reference, name, seed=k) for k, name in enumerate("ab")}
+    blend = {"a": 0.75, "b": 0.5}
+    wanted = reference_tokens(reference, modules, Blend(blend), prompt, 12)
+    assert wanted != reference_tokens(reference, {}, Blend({}), prompt, 12)
+    with TorchEngine.load(path, device="cpu", dtype="float32") as engine:
+        digests = {name: engine.load_module(module) for name, module in modules.items()}
+        asked = Blend({digests[name]: weight for name, weight in blend.items()})
+        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        events = engine.submit(GenerationRequest(prompt, asked, sampling))
+        assert [event.token_id for event in events if event.token_id is not None] == wanted
+
+
+def test_a_merge_of_models_refuses_a_sparse_one(tmp_path: Path) -> None:
+    path = merged_bank("mixtral", GROUPED, tmp_path).backbone.path
+    with pytest.raises(BackboneError, match="is a sparse mixture of experts, stored one by one"):
+        Base.open(path)
 
 
 def test_experts_of_one_group_are_computed_once_for_a_token(tmp_path: Path) -> None:
@@ -192,6 +215,9 @@ FIRST = "model.layers.0.mlp"
         (lambda t: t.pop(f"{FIRST}.groups"), "is damaged at 'model.layers.0.mlp'"),
         (lambda t: t[f"{FIRST}.groups"].fill_(7), "group 7 of 2"),
         (lambda t: t[f"{FIRST}.groups"].fill_(-1), "is damaged at"),
+        (lambda t: t.update({f"{FIRST}.groups": torch.tensor(0)}), "is damaged at"),
+        (lambda t: t.update({f"{FIRST}.groups": torch.zeros(4, 1)}), "is damaged at"),
+        (lambda t: t.update({f"{FIRST}.extra_down": torch.zeros(1, 32, 24)}), "is damaged at"),
         (lambda t: t[f"{FIRST}.router"].fill_(float("nan")), "NaN or inf"),
         (lambda t: t.update({f"{FIRST}.router": torch.zeros(4, 31)}), "has router of"),
         (lambda t: t.update({f"{FIRST}.router": torch.zeros(5, 32)}), "is damaged at"),

@@ -93,7 +93,8 @@ def test_a_checkpoint_is_recovered_into_a_checkpoint(folder: Path, tmp_path: Pat
     recover(folder, "moe", tmp_path / "new", fails="exists")
     recover(folder, "moe", tmp_path / "new", "--force", "--steps", 1)
     (tmp_path / "other").mkdir()
-    recover(folder, "moe", tmp_path / "other", "--force", fails="exists")
+    recover(folder, "moe", tmp_path / "other", "--force", fails="replaces a checkpoint")
+    recover(folder, "bank", tmp_path / "new", "--force", fails="replaces a bank")
 
 
 def test_what_cannot_be_recovered_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:

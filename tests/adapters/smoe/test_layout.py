@@ -17,6 +17,7 @@ from ...moe import CAUSAL, EXPERTS, HIDDEN, make_moe
 from ...tiny import make_model
 
 FIRST = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -95,6 +96,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     ("change", "message"),
     [
         (lambda t: t.pop(FIRST), f"lacks the tensor '{FIRST}'"),
+        (lambda t: t.update({ROUTER: torch.zeros(4)}), r"of shape \[4\], a router has rows"),
         (lambda t: t.update({FIRST: torch.zeros(HIDDEN, 23)}), r"of shape \[24, 32\] in float32"),
         (
             lambda t: t.update({FIRST: torch.zeros(HIDDEN, 24, dtype=torch.int8)}),

@@ -67,11 +67,15 @@ def test_int8_takes_a_byte_a_number_and_two_for_each_scale() -> None:
     assert size == 2 * (3 * (12 + 10) + 2 * 3 * 2)
 
 
-@pytest.mark.parametrize("change", ["ranks", "rows", "left", "scales"])
+@pytest.mark.parametrize("change", ["ranks", "rank", "rows", "values", "left", "scales"])
 def test_tensors_that_do_not_fit_are_refused(change: str) -> None:
     stored = dict(packed([residual(torch.randn(6, 5), rank=2, rows=0.5)] * 2, torch.int8))
     if change == "ranks":
         stored["ranks"] = torch.tensor([2, 9])
+    elif change == "rank":
+        stored["ranks"] = torch.tensor(2)
+    elif change == "values":
+        stored["values"] = stored["values"][:, :4]
     elif change == "rows":
         stored["rows"] = stored["rows"] + 5
     elif change == "left":

@@ -231,7 +231,7 @@ class Answer:
                 await self.fake.pause(self.fake.token_s)
                 if (broken := self.broken(place)) is not None:
                     yield broken
-                    if self.fault in ("break", "die later"):
+                    if self.fault in ("break", "end early", "die later"):
                         return
                 for number in self.choices:
                     yield _event(self.chunk(number, place))
@@ -250,6 +250,7 @@ class Answer:
             os.kill(os.getpid(), signal.SIGKILL)
         return {
             "break": b"",
+            "end early": b"data: [DONE]\n\n",
             "garbage": b"data: {nonsense\n\n",
             "error event": _event({"error": {"message": "out of KV", "code": 500}}),
         }.get(self.fault)

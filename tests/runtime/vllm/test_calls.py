@@ -343,3 +343,16 @@ def test_the_same_beginning_goes_to_the_same_server(engine: VllmEngine, fakes: l
     for number in range(10):
         run(engine, BODY, prompt_ids=(*system, number))
     assert sorted(len(fake.seen) for fake in fakes) == [0, 10]
+
+
+def test_short_prompts_are_shared_out_evenly(engine: VllmEngine, fakes: list[Fake]) -> None:
+    async def eight() -> list[int]:
+        for fake in fakes:
+            fake.token_s = 0.05
+        calls = [Call(PATH, BODY, prompt_ids=(number,)) for number in range(8)]
+        replies = await asyncio.gather(*(engine.forward(call) for call in calls))
+        for reply in replies:
+            await reply.close()
+        return [len(fake.seen) for fake in fakes]
+
+    assert asyncio.run(closing(engine, eight)) == [4, 4]

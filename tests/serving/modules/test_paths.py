@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergeroute.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
@@ -102,6 +102,8 @@ _SEGMENTS = st.sampled_from(
 )
 
 
+@example(["loop", "..", "link"], False)
+@example(["loop", "..", "out"], True)
 @given(st.lists(_SEGMENTS, max_size=8), st.booleans())
 def test_whatever_is_written_what_is_found_lies_under_the_root(
     segments: list[str], is_absolute: bool

@@ -221,7 +221,7 @@ def test_faults_of_servers_in_our_words(
     assert gateway.post("/v1/completions", model="upper", prompt="x").status_code == 200
 
 
-@pytest.mark.parametrize("fault", ["break", "garbage", "error event"])
+@pytest.mark.parametrize("fault", ["break", "garbage", "error event", "end early"])
 def test_what_goes_wrong_amid_a_stream_is_an_error_event(gateway: Gateway, fault: str) -> None:
     for fake in gateway.fakes:
         fake.fault, fake.count = fault, 1
