@@ -60,11 +60,12 @@ class BlendAdmission:
         async with self._loading:
             kept = self._store.keys() | self._in_use()
             control = LoRARequest(request.lora_name, request.lora_int_id, ",".join(sorted(kept)))
+            self._loaded &= kept  # workers may drop the others, even where they fail then
             try:
                 await self._models.engine_client.add_lora(control)
             except Exception as error:  # whatever a worker raised comes back as text
                 return _error(HTTPStatus.BAD_REQUEST, "BadRequestError", _told(error))
-            self._loaded = (self._loaded & kept) | set(blend)
+            self._loaded |= set(blend)
             return None
 
     def _request(self, name: str) -> LoRARequest:

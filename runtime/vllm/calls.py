@@ -131,7 +131,8 @@ class Reply:
                 yield chunk
                 chunk = await self._next(self._patience.next_s)
         except _Refused as refused:
-            self._replicas.failed(self._lease)
+            if refused.refusal.is_of_the_server:  # else any client could have it put to rest
+                self._replicas.failed(self._lease)
             raise refused.refusal.error from refused
         except (httpx.HTTPError, ReplicaLostError) as error:
             self._replicas.failed(self._lease)
@@ -151,11 +152,10 @@ class Reply:
         return self.replica.clients.finish(self._hang_up())
 
     async def _hang_up(self) -> None:
-        with suppress(httpx.HTTPError, RuntimeError):
-            if self._events is not None:
-                await self._events.aclose()
-            if self._response is not None:
-                await self._response.aclose()
+        for open_end in (self._events, self._response):
+            with suppress(httpx.HTTPError, RuntimeError):
+                if open_end is not None:
+                    await open_end.aclose()
 
     async def begin(self) -> None:
         """Send the call; returns once the whole answer or its first chunk is here.
@@ -298,13 +298,42 @@ def _parsed(content: bytes) -> Document:
     """
     try:
         document = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError("the vLLM server sent what is no JSON") from error
     if isinstance(document, dict) and "error" in document:
         raise _Refused(Refusal.of(document))
     if not (isinstance(document, dict) and isinstance(document.get("choices"), list)):
         raise EngineError("the vLLM server sent an answer without choices")
+    if not (all(map(_is_choice, document["choices"])) and _is_usage(document.get("usage"))):
+        raise EngineError("the vLLM server sent choices or a usage that are none")
     return document
+
+
+def _is_choice(value: object) -> bool:
+    """Whether what is read of a choice, whole or a piece of it, is as vLLM writes it."""
+    if not isinstance(value, dict):
+        return False
+    said = [value.get(name) or {} for name in ("message", "delta")]
+    texts = [value.get(name) or "" for name in ("text", "finish_reason")]
+    return (
+        type(value.get("index")) is int
+        and value["index"] >= 0
+        and all(isinstance(one, dict) for one in said)
+        and all(isinstance(one, str) for one in texts)
+        and isinstance(value.get("token_ids") or [], list)
+    )
+
+
+def _is_usage(value: object) -> bool:
+    """Whether tokens are counted by whole numbers, or not at all."""
+    if value is None:
+        return True
+    if not isinstance(value, dict):
+        return False
+    details = value.get("prompt_tokens_details") or {}
+    counts = [value.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    counts += [details.get("cached_tokens") or 0] if isinstance(details, dict) else [None]
+    return all(type(count) is int for count in counts)
 
 
 def _not_there(replica: Replica, *, was_accepted: bool) -> _Elsewhere:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -33,7 +33,7 @@ class Endpoint:
     name: str
     url: str
     socket: Path | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     @property
     def _headers(self) -> dict[str, str]:
@@ -55,11 +55,12 @@ class Endpoint:
 
     def client(self, timeout_s: float) -> httpx.Client:
         """A client for threads; whoever asks for it closes it."""
+        limits = httpx.Limits(keepalive_expiry=_KEPT_S)
         path = str(self.socket) if self.socket else None
         return httpx.Client(
             base_url=self.url,
             headers=self._headers,
-            transport=httpx.HTTPTransport(verify=self._verify, uds=path),
+            transport=httpx.HTTPTransport(verify=self._verify, uds=path, limits=limits),
             timeout=timeout_s,
             trust_env=False,  # a proxy of the environment is not for our own servers
         )

@@ -7,7 +7,13 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...adapters.errors import EngineError, EngineTimeoutError, MergerouteError, RequestError
+from ...adapters.errors import (
+    EngineError,
+    EngineStoppedError,
+    EngineTimeoutError,
+    MergerouteError,
+    RequestError,
+)
 from ..engine import Generation
 from ..types import FinishReason, GenerationRequest, SamplingParams, TokenEvent, TokenLogprob
 from .calls import Call, Document
@@ -29,19 +35,21 @@ class Generations:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._is_stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, request: GenerationRequest) -> Generation:
         """Begin one; its events come from the loop's thread.
 
         Raises:
-            RequestError: it asks for what only bodies can.
+            RequestError: it asks for what only bodies can. EngineStoppedError: `stop` was called.
         """
         call = Call(_PATH, _body(request), request.blend, request.prompt_ids, "", request.deadline)
         generation = Generation()
-        self._engine.replicas.begin_use(tuple(request.blend))
-        loop = self._running()
-        loop.call_soon_threadsafe(self._spawn, generation, call)
+        with self._lock:  # what is spawned before `stop` is ended by it
+            loop = self._running()
+            self._engine.replicas.begin_use(tuple(request.blend))
+            loop.call_soon_threadsafe(self._spawn, generation, call)
         return generation
 
     def stop(self) -> None:
@@ -49,6 +57,7 @@ class Generations:
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
+            self._is_stopped = True
         if loop and thread:
             asyncio.run_coroutine_threadsafe(self._end(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
@@ -56,14 +65,15 @@ class Generations:
             loop.close()
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="mergeroute-generations", daemon=True
-                )
-                self._thread.start()
-            return self._loop
+        if self._is_stopped:
+            raise EngineStoppedError("the engine has stopped: restart the server")
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(
+                target=self._loop.run_forever, name="mergeroute-generations", daemon=True
+            )
+            self._thread.start()
+        return self._loop
 
     async def _end(self) -> None:
         for task in self._tasks:

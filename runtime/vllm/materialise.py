@@ -5,7 +5,9 @@ far, and the way that needs no more than vLLM's public interface.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def blended(modules: Mapping[str, Module], blend: Blend) -> Module:
 
 
 def materialise(store: ModuleStore, name: str) -> Path:
-    """The folder of a blend, written where it is not there yet.
+    """The folder of a blend, written where it is not there yet. Every server has its own.
 
     name: as `lora_name` writes it.
 
@@ -51,7 +53,8 @@ def materialise(store: ModuleStore, name: str) -> Path:
         BankError: the folder cannot be written.
     """
     blend = read_name(name)
-    target = store.folder / _FOLDER / hashlib.sha256(name.encode()).hexdigest()
+    own = f"{socket.gethostname()}-{os.getpid()}"
+    target = store.folder / _FOLDER / own / hashlib.sha256(name.encode()).hexdigest()
     if not target.is_dir():
         modules = {key: Module.read(store.path(key), name=key) for key in blend}
         with staged(target) as folder:
@@ -60,7 +63,22 @@ def materialise(store: ModuleStore, name: str) -> Path:
 
 
 def clear(store: ModuleStore) -> None:
-    """Remove the blends of an earlier server. Those of a running one must stay: vLLM reads a folder
-    again when its LoRA was evicted, and ends when it is gone.
+    """Remove the blends of servers that ran on this machine. Those of a running one must stay, of
+    another replica too: vLLM reads a folder again when its LoRA was evicted, and ends when it is
+    gone.
     """
-    shutil.rmtree(store.folder / _FOLDER, ignore_errors=True)
+    for folder in (store.folder / _FOLDER).glob("*"):
+        machine, _, process = folder.name.rpartition("-")
+        is_over = process == str(os.getpid()) or not _runs(process)
+        if machine == socket.gethostname() and is_over:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True

@@ -58,7 +58,7 @@ class VllmOptions:
     """
 
     urls: tuple[str, ...] = ()
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     modules_folder: Path | None = None
     replicas: int = 1
     command: str = "vllm"

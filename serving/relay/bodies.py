@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,13 @@ _READ = frozenset(
 
 _REFUSED = {
     "kv_transfer_params": "they reach into other servers' memory",
+    "ec_transfer_params": "they reach into other servers' memory",
+    "stream_interval": "a stream that is given up is charged by its chunks",
     "prompt_embeds": "a router has nothing to read in them: send a prompt",
 }
+_EXTRA = "vllm_xargs"
+"""Arguments without a field of their own; vLLM takes those that are refused from here as well."""
+
 _ROUTED_ROLES = frozenset(("system", "developer", "user", "assistant"))
 
 
@@ -94,6 +100,7 @@ async def read_relayed(request: Request, service: Service) -> GenerationBody:
         check_messages(document.get("messages"), limits)
         is_chat = _is_chat(request.url.path, document)
         _refuse(document, service, CHAT_PATH if is_chat else TEXT_PATH)
+        _check_numbers(document)
         return relayed(document, is_chat=is_chat)
 
     return await read_as(request, understood)
@@ -154,8 +161,11 @@ def _length(limit: int | None) -> SamplingParams:
 
 
 def _refuse(document: Mapping[str, Any], service: Service, path: str) -> None:
-    for name, reason in _REFUSED.items():
-        if document.get(name) is not None:
+    extra = document.get(_EXTRA)
+    extras = {f"{_EXTRA}.{key}": extra[key] for key in extra} if isinstance(extra, dict) else {}
+    for name, value in {**document, **extras}.items():
+        reason = _REFUSED.get(name.removeprefix(f"{_EXTRA}."))
+        if reason and value is not None:
             raise ApiError(
                 f"the parameter {name!r} is not passed on: {reason}",
                 param=name,
@@ -165,6 +175,14 @@ def _refuse(document: Mapping[str, Any], service: Service, path: str) -> None:
     if told := [fields for fields in known if fields]:
         asked = without_no_effect(document).keys()
         refuse_unknown(asked - _OURS - _LABELS - frozenset.union(*told))
+
+
+def _check_numbers(document: Mapping[str, Any]) -> None:
+    """Refuse what Python reads and JSON does not hold, at any depth: it cannot be passed on."""
+    try:
+        json.dumps(document, allow_nan=False)
+    except ValueError as error:
+        raise ApiError("the body holds NaN or Infinity, which is no JSON: send a number") from error
 
 
 def _readable(messages: Any) -> Any:  # noqa: ANN401 - any JSON value

@@ -94,7 +94,7 @@ class Relay:
         """The whole answer. progress: one per choice, brought up to date."""
         documents = [reply.document or {} for reply in self._replies]
         choices = [
-            {**choice, "index": leg.places[choice["index"]]}
+            _placed(leg, choice)
             for leg, document in zip(self._legs, documents, strict=True)
             for choice in document["choices"]
         ]
@@ -153,7 +153,7 @@ class Relay:
             usages[self._legs.index(leg)] = used
         if not chunk["choices"]:
             return None
-        choices = [{**choice, "index": leg.places[choice["index"]]} for choice in chunk["choices"]]
+        choices = [_placed(leg, choice) for choice in chunk["choices"]]
         for choice in choices:
             _follow(progress[choice["index"]], choice, is_whole=False)
         told = {**chunk, **self._told, "choices": choices}
@@ -261,12 +261,23 @@ def _body(body: RelayedBody, numbers: Sequence[int], *, is_all: bool, seed: int 
     return {**passed, "prompt": [body.prompts[number] for number in numbers]}
 
 
+def _placed(leg: Leg, choice: Document) -> Document:
+    """A choice of one call as one of the whole answer.
+
+    Raises:
+        EngineError: it was not asked for.
+    """
+    if choice["index"] >= len(leg.places):
+        raise EngineError(f"the vLLM server sent choice {choice['index']} of {len(leg.places)}")
+    return {**choice, "index": leg.places[choice["index"]]}
+
+
 def _follow(progress: Progress, choice: Document, *, is_whole: bool) -> None:
     """Take in what is told of one choice, by a chunk or at once."""
     said = choice.get("message" if is_whole else "delta") or {}
     text = choice.get("text") or said.get("content") or ""
     progress.text += text if isinstance(text, str) else ""
-    is_something = text or said.get("tool_calls") or said.get("reasoning_content")
+    is_something = text or said.get("tool_calls") or said.get("reasoning")
     ids = choice.get("token_ids")
     progress.completion_tokens += len(ids) if ids else bool(is_something)
     if is_something:

@@ -40,7 +40,7 @@ def test_keys_reach_the_servers_and_paths_are_beside_the_file(
     assert servers.urls == ("http://a:8000", "http://b:8000")
     assert servers.modules_folder == tmp_path / "m"
     assert servers.api_key == "secret"
-    assert "secret" not in repr(engine)
+    assert "secret" not in f"{engine!r} {servers!r}"
 
 
 def test_the_command_line_adds_and_goes_before(tmp_path: Path) -> None:

@@ -252,6 +252,12 @@ class Answer:
             "break": b"",
             "end early": b"data: [DONE]\n\n",
             "garbage": b"data: {nonsense\n\n",
+            "choices": _event({**self.head(self.kind), "choices": [{"text": "x"}]}),
+            "usage": _event(
+                {**self.head(self.kind), "choices": [], "usage": {"prompt_tokens": "x"}}
+            ),
+            "stranger": _event({**self.head(self.kind), "choices": [{"index": 99, "text": "x"}]}),
+            "refusal": _event({"error": {"message": "told to refuse", "code": 400}}),
             "error event": _event({"error": {"message": "out of KV", "code": 500}}),
         }.get(self.fault)
 

@@ -217,6 +217,26 @@ def test_what_goes_wrong_amid_a_stream_ends_it_alone(
     assert len(text.split()) == 12
 
 
+@pytest.mark.parametrize(("fault", "rests"), [("refusal", False), ("error event", True)])
+def test_a_refusal_amid_a_stream_is_no_fault_of_the_server(
+    engine: VllmEngine, fakes: list[Fake], fault: str, rests: bool
+) -> None:
+    async def eight() -> None:
+        for fake in fakes:
+            fake.token_s = 0.05
+        spoil(fakes, fault, 99)
+        calls = [Call(PATH, STREAM, prompt_ids=(number,)) for number in range(8)]
+        replies = await asyncio.gather(*(engine.forward(call) for call in calls))
+        for reply in replies:
+            with pytest.raises(MergerouteError):
+                async for _ in reply.chunks():
+                    pass
+            await reply.close()
+
+    asyncio.run(closing(engine, eight))
+    assert [replica.breaker.is_open for replica in engine.replicas] == [rests, rests]
+
+
 def test_a_chunk_that_does_not_come_is_not_waited_for_for_ever(
     engine: VllmEngine, fakes: list[Fake]
 ) -> None:

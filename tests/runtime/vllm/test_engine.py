@@ -270,3 +270,5 @@ def test_servers_of_others_are_left_alone(backbone: Backbone, tmp_path: Path) ->
         engine.stop()
         assert httpx.get(url + "/health").status_code == 200
         assert engine.ailment(1) == "the engine has stopped: restart the server"
+        with pytest.raises(EngineStoppedError, match="restart"):
+            engine.submit(GenerationRequest((1, 2)))

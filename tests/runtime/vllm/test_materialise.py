@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,23 @@ def test_a_folder_is_written_once_and_read_back(
     assert len(filled.keys()) == 3
     clear(filled)
     assert not folder.exists()
+
+
+def test_a_server_that_starts_leaves_the_blends_of_one_that_runs(filled: ModuleStore) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folders = [
+        filled.folder / ".blends" / name
+        for name in (
+            f"{socket.gethostname()}-{os.getppid()}",
+            f"{socket.gethostname()}-{ended.pid}",
+            "other-machine-1",
+        )
+    ]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    clear(filled)
+    assert [folder.exists() for folder in folders] == [True, False, True]
 
 
 def test_other_names_are_refused(filled: ModuleStore) -> None:

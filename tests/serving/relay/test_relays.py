@@ -129,9 +129,32 @@ def test_a_field_that_nobody_knows_is_refused_by_name(gateway: Gateway) -> None:
     assert response.json()["error"]["param"] == "temprature"
     assert response.json()["error"]["code"] == "unsupported_parameter"
     assert "kv_transfer" in gateway.post(CHAT, messages=message("x"), kv_transfer_params={}).text
+    both: list[dict[str, Any]] = [
+        {"ec_transfer_params": {}},
+        {"vllm_xargs": {"kv_transfer_params": "x"}},
+    ]
+    for passed in both:
+        refused = gateway.post(CHAT, messages=message("x"), **passed).json()["error"]
+        assert refused["param"].endswith("_transfer_params")
+        assert refused["code"] == "unsupported_parameter"
     assert gateway.seen == []
     accepted = gateway.post(CHAT, messages=message("x"), store=False, suffix="", max_tokens=2)
     assert accepted.status_code == 200
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_what_is_no_number_of_json_is_refused(gateway: Gateway, number: str) -> None:
+    body = f'{{"model": "upper", "prompt": "x", "temperature": {number}}}'
+    response = gateway.http.post("/v1/completions", content=body)
+    assert (response.status_code, gateway.seen) == (400, [])
+    assert "NaN or Infinity" in response.text
+
+
+def test_of_a_field_that_is_there_twice_the_last_one_counts(gateway: Gateway) -> None:
+    body = '{"model": "digit", "prompt": "x", "max_tokens": 2, "model": "upper"}'
+    response = gateway.http.post("/v1/completions", content=body)
+    assert response.json()["model"] == "upper"
+    assert [seen["model"] for seen in gateway.seen] == [f"blend:{gateway.key('upper')}=1"]
 
 
 def test_a_stream_names_the_target_in_every_chunk(gateway: Gateway) -> None:
@@ -221,7 +244,9 @@ def test_faults_of_servers_in_our_words(
     assert gateway.post("/v1/completions", model="upper", prompt="x").status_code == 200
 
 
-@pytest.mark.parametrize("fault", ["break", "garbage", "error event", "end early"])
+@pytest.mark.parametrize(
+    "fault", ["break", "garbage", "error event", "end early", "choices", "usage", "stranger"]
+)
 def test_what_goes_wrong_amid_a_stream_is_an_error_event(gateway: Gateway, fault: str) -> None:
     for fake in gateway.fakes:
         fake.fault, fake.count = fault, 1
