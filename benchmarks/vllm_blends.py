@@ -79,6 +79,11 @@ class Plan:
     prompt: int = 32
     output: int = 32
 
+    @property
+    def dtype(self) -> str:
+        """vLLM would run a float32 model in half precision."""
+        return "float32" if self.device == "cpu" else "bfloat16"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -106,7 +111,7 @@ def write_model(plan: Plan, folder: Path) -> Shapes:
     config = transformers.LlamaConfig(
         **shape,
         architectures=["LlamaForCausalLM"],
-        dtype="float32" if plan.device == "cpu" else "bfloat16",
+        dtype=plan.dtype,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -191,6 +196,7 @@ def serving(server: str, plan: Plan, model: Path, modules: Path) -> Iterator[Run
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "base", *flags]
     command += ["--load-format", "dummy", "--generation-config", "vllm", "--max-model-len", "1024"]
+    command += ["--dtype", plan.dtype]
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     one_thread = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with (model / "vllm.log").open("wb") as log:
