@@ -144,7 +144,7 @@ class _Unstopped:
     def __getattr__(self, name: str) -> object:
         return getattr(self._service, name)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Leave it running."""
 
 

@@ -89,7 +89,7 @@ def test_a_pair_tells_what_both_would_have_answered(served: Lab) -> None:
         assert pair.latency_ms > 0
         assert pair.other_latency_ms > 0
         assert (pair.score, pair.error) == (None, None)
-    assert counts(served) == {"started": 4, "compared": 4}
+    assert eventually(lambda: counts(served) == {"started": 4, "compared": 4})
 
 
 def test_shadows_are_nobodys_requests(served: Lab) -> None:
@@ -179,7 +179,7 @@ def test_a_busy_engine_runs_no_shadow_and_one_that_gets_busy_lets_it_go(served: 
     assert eventually(lambda: counts(served)["dropped"] == 3)
     for user in (began, *users):
         user.join()
-    assert counts(served) == {"dropped": 3, "started": 1}
+    assert eventually(lambda: counts(served) == {"dropped": 3, "started": 1})
     assert not served.live.store.shadow_pairs("trial")
 
 
@@ -193,7 +193,7 @@ def test_a_prompt_that_comes_need_not_wait_for_a_shadows(served: Lab) -> None:
     assert served.chat("zoo", max_tokens=1).status_code == 200
     asking.join()
     handle.remove()
-    assert counts(served) == {"started": 1, "dropped": 1}
+    assert eventually(lambda: counts(served) == {"started": 1, "dropped": 1})
 
 
 @pytest.mark.usefixtures("slow")
@@ -206,7 +206,7 @@ def test_a_drain_cancels_shadows(served: Lab) -> None:
     assert eventually(lambda: not served.service._shadows._tasks)
     asking.join()
     assert eventually(lambda: torch_engine(served.service).stats().running == 0)
-    assert counts(served) == {"started": 1, "dropped": 1}
+    assert eventually(lambda: counts(served) == {"started": 1, "dropped": 1})
     assert not served.live.store.shadow_pairs("trial")
 
 
@@ -217,7 +217,7 @@ def test_a_target_that_is_gone_is_a_failed_shadow(served: Lab) -> None:
     gone = served.call("POST", "/v1/unload_lora_adapter", {"lora_name": "farm:upper"})
     assert gone.status_code == 200
     ask(served, "old", 1)
-    assert counts(served) == {"started": 1, "failed": 1}
+    assert eventually(lambda: counts(served) == {"started": 1, "failed": 1})
 
 
 def test_the_share_is_drawn_by_the_request_alone() -> None:
