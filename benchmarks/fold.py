@@ -29,7 +29,8 @@ from examples.zoo.workers import quieten, run, worker_pool
 from mergeroute.adapters.bank import Bank
 from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.delta import LowRank
-from mergeroute.adapters.fold import FoldSettings, fold
+from mergeroute.adapters.fold import fold
+from mergeroute.adapters.fold_settings import FoldSettings
 from mergeroute.adapters.lora import Module
 from mergeroute.adapters.pool import stored_bytes
 from mergeroute.routers.store import rename_modules

@@ -31,7 +31,8 @@ from rich.table import Table
 from mergeroute.routers.base import Decision, Query
 from mergeroute.runtime.options import EngineOptions
 from mergeroute.runtime.types import SamplingParams
-from mergeroute.serving.hosting import HostedBank, Placement, host_banks
+from mergeroute.serving.hosted import HostedBank
+from mergeroute.serving.hosting import Placement, host_banks
 
 from .engine import FULL_MODEL, QUICK_MODEL
 from .machine import describe_machine

@@ -26,7 +26,7 @@ from .errors import ApiError
 from .experiments.plan import NO_PLAN, Plan
 from .formats.forms import Form, form_of
 from .formats.tool_parsers import ParserName
-from .hosting import HostedBank
+from .hosted import HostedBank
 from .relay.bodies import RelayedChat, relayed_prompt
 from .schemas.completions import ChatRequest, GenerationBody
 from .schemas.generation import MAX_CHOICES

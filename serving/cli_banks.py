@@ -87,7 +87,7 @@ def fold(
 ) -> None:
     """Make a bank with fewer modules, or smaller ones; its router keeps working."""
     from ..adapters.bank import Bank
-    from ..adapters.fold import FoldSettings
+    from ..adapters.fold_settings import FoldSettings
     from .folding import fold_bank, summary
     from .usage import read_usage
 

@@ -160,6 +160,17 @@ def rollback(
 
 
 @_experiments.command()
+def delete(
+    name: NameArgument,
+    url: UrlOption = _HERE,
+    key_file: KeyFileOption = None,
+) -> None:
+    """Take a draft, or a concluded experiment, away; what was recorded stays in the database."""
+    _server(url, key_file).delete(name)
+    console.print(f"{escape(name)} is deleted", soft_wrap=True)
+
+
+@_experiments.command()
 def report(
     name: NameArgument,
     html: Annotated[

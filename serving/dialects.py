@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ApiError
-from .hosting import HostedBank
+from .hosted import HostedBank
 from .schemas.completions import GenerationBody
 from .schemas.generation import LoraScale, MergedAdapters
 from .targets import Targets

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..adapters.bank import Bank
-from ..adapters.errors import MergerouteError
 from ..runtime.loading import choose_device, choose_dtype
 from .doctor_bank import Examined, check_bank
+from .doctor_load import check_load
 from .doctor_machine import check_device, check_host, check_installation
 from .doctor_memory import Estimate, check_memory, estimate
 from .doctor_vllm import check_servers
 from .findings import FaultError, Finding, required
-from .hosting import check_names, host_banks
+from .hosting import check_names
 from .settings import ServeSettings
 
 
@@ -58,7 +56,8 @@ def _banks(settings: ServeSettings, loads: bool) -> Iterator[Finding]:
     elif memory.level == "error" or not all(one.is_sound for one in examined):
         yield Finding("note", "load", "nothing was loaded: put right first what is at fault above")
     else:
-        yield _loaded(banks, settings)
+        said = "attention gives the model's own logits, modules fit, routers run"
+        yield from check_load(banks, settings, said)
 
 
 def _estimates(
@@ -76,19 +75,3 @@ def _estimates(
         )
         for digest, backbone in backbones.items()
     ]
-
-
-def _loaded(banks: Sequence[Bank], settings: ServeSettings) -> Finding:
-    started = time.monotonic()
-    try:
-        hosted = host_banks(banks, settings.placement)
-    except MergerouteError as error:
-        return Finding("error", "load", str(error))
-    for host in hosted:
-        host.residency.stop()
-    return Finding(
-        "ok",
-        "load",
-        f"in {time.monotonic() - started:.1f} s: attention gives the model's own logits, modules "
-        "fit, routers run",
-    )

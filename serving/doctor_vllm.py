@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -11,13 +10,12 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from ..adapters.bank import Bank
-from ..adapters.errors import MergerouteError
 from ..runtime.vllm.endpoint import Endpoint
 from ..runtime.vllm.greetings import look
 from ..runtime.vllm.options import VllmOptions
 from ..runtime.vllm.servers import find_program
+from .doctor_load import check_load
 from .findings import Finding, required
-from .hosting import host_banks
 from .settings import ServeSettings
 
 _LOOK_S = 5.0
@@ -36,7 +34,8 @@ def check_servers(settings: ServeSettings, banks: Sequence[Bank], loads: bool) -
     yield required("engine", lambda: _program(servers))
     yield Finding("note", "memory", "vLLM takes what its own options say: it was not reckoned")
     if loads:
-        yield _hosted(banks, settings)
+        said = "modules fit, routers run; vLLM did not"
+        yield from check_load(banks, settings, said, starts=False)
 
 
 def _running(servers: VllmOptions) -> Iterator[Finding]:
@@ -69,15 +68,3 @@ def _program(servers: VllmOptions) -> Finding:
             "warning", "engine", f"vllm {here} was not tested, {tested} was: install one of these"
         )
     return Finding("ok", "engine", f"vllm {here}: {found}")
-
-
-def _hosted(banks: Sequence[Bank], settings: ServeSettings) -> Finding:
-    started = time.monotonic()
-    try:
-        hosted = host_banks(banks, settings.placement, starts=False)
-    except MergerouteError as error:
-        return Finding("error", "load", str(error))
-    for host in hosted:
-        host.residency.stop()
-    seconds = time.monotonic() - started
-    return Finding("ok", "load", f"in {seconds:.1f} s: modules fit, routers run; vLLM did not")

@@ -107,6 +107,10 @@ class ExperimentServer:
         _, etag = self._ask("GET", _path(name))
         return self._ask("PATCH", _path(name), body, {"if-match": etag})[0]
 
+    def delete(self, name: str) -> None:
+        """Take one away."""
+        self._ask("DELETE", _path(name))
+
     def _ask(
         self,
         method: str,
@@ -137,6 +141,8 @@ class ExperimentServer:
         return self._read(response), response.headers.get("etag", "")
 
     def _read(self, response: httpx.Response) -> dict[str, Any]:
+        if response.status_code == 204:
+            return {}
         try:
             document = response.json()
         except ValueError:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .answers import Bounds
 from .experiment_rows import when
+from .experiments.answers import Bounds
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which people with any colour vision tell apart."""

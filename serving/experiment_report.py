@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from .answers import ExperimentResults
 from .errors import SettingsError
 from .experiment_client import not_understood
 from .experiment_plots import Point, effect_plot
 from .experiment_rows import metric_rows, ratio_line, shadow_rows, when
 from .experiment_tables import read_list
+from .experiments.answers import ExperimentResults
 
 _TEMPLATE = Path(__file__).with_name("experiment_report.html")
 

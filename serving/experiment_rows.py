@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from .answers import (
+from .experiments.answers import (
     Bounds,
     ExperimentResults,
     MetricResults,

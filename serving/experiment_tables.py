@@ -11,9 +11,9 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from .answers import ExperimentResults
 from .experiment_client import not_understood
 from .experiment_rows import metric_rows, ratio_line, shadow_rows, when
+from .experiments.answers import ExperimentResults
 
 _ANY_TIME = "any time"
 _METRIC_COLUMNS = (

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..adapters.bank import Bank
-from ..adapters.fold import FoldSettings, fold
+from ..adapters.fold import fold
+from ..adapters.fold_settings import FoldSettings
 from ..adapters.module_files import module_files
 from ..routers.store import rename_modules
 from .building import progress_bars

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from . import answers
 from .access.scopes import access_to
+from .experiments import answers as experiment_answers
 from .experiments.definition import Experiment
 from .experiments.schemas import (
     ChangeRequest,
@@ -59,20 +60,20 @@ CALLS: Mapping[tuple[str, str], Call] = {
     ("post", "/detokenize"): Call(DetokenizeRequest, answers.Text),
     ("get", "/v1/models"): Call(answer=answers.ModelList),
     ("get", "/v1/models/{name}"): Call(answer=answers.Model),
-    ("post", "/v1/feedback"): Call(FeedbackRequest, answers.Feedback),
-    ("post", "/v1/replay"): Call(ReplayRequest, answers.Replay),
-    ("get", "/v1/experiments"): Call(answer=answers.ExperimentList),
-    ("post", "/v1/experiments"): Call(Experiment, answers.Experiment, status=201),
-    ("get", "/v1/experiments/{name}"): Call(answer=answers.Experiment),
-    ("patch", "/v1/experiments/{name}"): Call(RampRequest, answers.Experiment),
+    ("post", "/v1/feedback"): Call(FeedbackRequest, experiment_answers.Feedback),
+    ("post", "/v1/replay"): Call(ReplayRequest, experiment_answers.Replay),
+    ("get", "/v1/experiments"): Call(answer=experiment_answers.ExperimentList),
+    ("post", "/v1/experiments"): Call(Experiment, experiment_answers.Experiment, status=201),
+    ("get", "/v1/experiments/{name}"): Call(answer=experiment_answers.Experiment),
+    ("patch", "/v1/experiments/{name}"): Call(RampRequest, experiment_answers.Experiment),
     ("delete", "/v1/experiments/{name}"): Call(status=204),
-    ("get", "/v1/experiments/{name}/versions"): Call(answer=answers.ExperimentList),
-    ("get", "/v1/experiments/{name}/results"): Call(answer=answers.ExperimentResults),
-    ("post", "/v1/experiments/{name}/start"): Call(ChangeRequest, answers.Experiment),
-    ("post", "/v1/experiments/{name}/pause"): Call(ChangeRequest, answers.Experiment),
-    ("post", "/v1/experiments/{name}/conclude"): Call(ChangeRequest, answers.Experiment),
-    ("post", "/v1/experiments/{name}/promote"): Call(PromoteRequest, answers.Experiment),
-    ("post", "/v1/experiments/{name}/rollback"): Call(ChangeRequest, answers.Experiment),
+    ("get", "/v1/experiments/{name}/versions"): Call(answer=experiment_answers.ExperimentList),
+    ("get", "/v1/experiments/{name}/results"): Call(answer=experiment_answers.ExperimentResults),
+    ("post", "/v1/experiments/{name}/start"): Call(ChangeRequest, experiment_answers.Experiment),
+    ("post", "/v1/experiments/{name}/pause"): Call(ChangeRequest, experiment_answers.Experiment),
+    ("post", "/v1/experiments/{name}/conclude"): Call(ChangeRequest, experiment_answers.Experiment),
+    ("post", "/v1/experiments/{name}/promote"): Call(PromoteRequest, experiment_answers.Experiment),
+    ("post", "/v1/experiments/{name}/rollback"): Call(ChangeRequest, experiment_answers.Experiment),
     ("get", "/v1/modules"): Call(answer=answers.ModuleList),
     ("get", "/v1/modules/{name}"): Call(answer=answers.Module),
     ("post", "/v1/load_lora_adapter"): Call(LoadModuleRequest, str, as_text=True),

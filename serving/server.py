@@ -122,4 +122,5 @@ def configure_logging(log_format: str) -> None:
     formatter = JsonLines() if log_format == "json" else TextLines()
     handler.setFormatter(WithoutKeys(formatter))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a new database is no news
     transformers.utils.logging.disable_progress_bar()

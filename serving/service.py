@@ -23,7 +23,7 @@ from .experiments.plan import NO_PLAN, Plan
 from .experiments.planning import plan_of
 from .experiments.snapshots import NO_EXPERIMENTS
 from .formats.tool_parsers import ParserName
-from .hosting import HostedBank
+from .hosted import HostedBank
 from .modules.live import LiveModules
 from .modules.sources import Sources
 from .modules.state import StateFolder

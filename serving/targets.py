@@ -10,7 +10,7 @@ from typing import Any
 from ..adapters.blend import Blend
 from ..adapters.errors import BankError, BlendError, UnknownTargetError
 from .errors import ApiError
-from .hosting import HostedBank
+from .hosted import HostedBank
 
 AUTO = "auto"
 _BLEND = "blend:"

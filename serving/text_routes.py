@@ -20,7 +20,7 @@ from .access.permissions import resolve_for
 from .chat import chat_prompt, text_prompt
 from .context import Context
 from .errors import CLIENT_CLOSED, ApiError
-from .hosting import HostedBank
+from .hosted import HostedBank
 from .schemas.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from .service import Service
 from .terms import Terms, in_time, terms_of

@@ -25,6 +25,7 @@ from ...adapters.errors import EngineError, ModuleError
 from .blends import VIRTUAL_PATH, read_name
 from .check import check_layers
 from .launch import PluginOptions
+from .neighbours import Steadiness, swaps
 from .token_weights import expandable
 
 _FIRST_MODULE = 1 << 30  # above every number that vLLM gives to a blend
@@ -50,6 +51,7 @@ class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM 
         self._ids = count(_FIRST_MODULE)
         self._modules: dict[str, int] = {}  # key -> LoRA id, of which vLLM's manager knows the slot
         self._blends: OrderedDict[int, Blend | None] = OrderedDict()  # None: a warm-up
+        self._steadiness = Steadiness()
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> Any:  # noqa: ANN401
         """Wrap the model's layers, check them, and load what the folder of modules holds."""
@@ -90,7 +92,7 @@ class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM 
         self._blends.move_to_end(request.lora_int_id)
         return is_new
 
-    def _apply_adapters(self, requests: Iterable[LoRARequest | None]) -> None:
+    def _apply_adapters(self, requests: Collection[LoRARequest | None]) -> None:
         for request in requests:
             if request is None:
                 continue
@@ -100,6 +102,7 @@ class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM 
                 self.add_adapter(request)
         while len(self._blends) > _MOST_BLENDS:  # never one of this step: those are the newest
             self._blends.popitem(last=False)
+        self._settle({request.lora_int_id for request in requests if request is not None})
 
     def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
         """Weights on all slots, for warming up."""
@@ -132,6 +135,23 @@ class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM 
         for key, weight in blend.items():
             row[slots.index(self._modules[key])] = weight
         return row
+
+    def _settle(self, lora_ids: Iterable[int]) -> None:
+        """Move the modules of steady blends to neighbouring slots, where that makes a difference.
+        vLLM then has the step's weights made anew, for it compares the slots.
+        """
+        manager = self._adapter_manager
+        used = frozenset(key for each in lora_ids for key in self._blends[each] or ())
+        if not self._steadiness.is_steady(used):
+            return
+        if not all(each.joins_neighbours for each in manager.punica_wrapper_mapping.values()):
+            return
+        order = manager.lora_index_to_id
+        for one, other in swaps([order.index(self._modules[key]) for key in used]):
+            for layer in set(manager.modules.values()):
+                for stack in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+                    stack[[one, other]] = stack[[other, one]]
+            order[one], order[other] = order[other], order[one]
 
     def _load(self, key: str) -> None:
         store = self._options.store

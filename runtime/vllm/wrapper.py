@@ -16,8 +16,11 @@ from .token_weights import RowOf, token_weights
 class BlendWrapper(PunicaWrapperBase):  # type: ignore[misc] # vLLM is not there to be checked
     """Weights by token instead of one LoRA a token.
 
-    slots: of modules. row_of: the weights of a LoRA id; the manager sets it.
+    slots: of modules. row_of: the weights of a LoRA id; the manager sets it. joins_neighbours:
+    whether modules in neighbouring slots cost less than others.
     """
+
+    joins_neighbours = False
 
     row_of: RowOf
 

@@ -30,6 +30,8 @@ class Piece(NamedTuple):
 class BlendWrapperCPU(BlendWrapper):
     """y += ((x Aᵀ) * w) B over the slots that any row uses; without such rows nothing is done."""
 
+    joins_neighbours = True
+
     def __init__(
         self,
         max_num_batched_tokens: int,

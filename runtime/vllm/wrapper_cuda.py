@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from .token_weights import flat_a, flat_b
 from .wrapper import BlendWrapper
 
-_LIBRARY = Library("mergeroute", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("mergeroute", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class BlendWrapperCUDA(BlendWrapper):

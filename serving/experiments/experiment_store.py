@@ -20,6 +20,8 @@ from .tables import experiments, promotions, versions
 
 State = Literal["draft", "running", "paused", "concluded"]
 _DELETED = "deleted"
+_TOLD, _SHOWN = 20, 80
+"""Of an error: names at most, and letters of one."""
 
 
 class StaleError(ApiError):
@@ -29,6 +31,7 @@ class StaleError(ApiError):
         super().__init__(
             f"the experiment {name!r} is at {etag}, the change is of {given}: read it again",
             status=412,
+            param="If-Match",
             code="stale",
         )
 
@@ -107,8 +110,9 @@ class Experiments:
         """
         if found := self._find(name):
             return found
+        known = ", ".join(stored.name for stored in self.list()[:_TOLD]) or "none"
         raise ApiError(
-            f"there is no experiment {name!r}: GET /v1/experiments lists them",
+            f"there is no experiment {name[:_SHOWN]!r}; there are: {known}",
             status=404,
             code="experiment_not_found",
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import threading
@@ -20,6 +22,14 @@ _CHUNK_BYTES = 32 * 2**10
 _LINES, _REST_S = 25, 1e-4
 """Lines that are parsed at a stretch, half a millisecond: whoever reads them holds the interpreter,
 and the event loop would wait for it.
+"""
+_system_write = ctypes.PyDLL(None, use_errno=True).write
+_system_write.argtypes, _system_write.restype = (
+    (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t),
+    ctypes.c_ssize_t,
+)
+"""As `os.write`, but the interpreter is kept for the few microseconds that it takes: whoever gives
+it up waits for another thread's turn, 5 ms, to get it back.
 """
 _LOCK = "lock"
 _REFUSED = "refused.jsonl"
@@ -177,9 +187,10 @@ class Journal:
             if self._segments[-1].size >= _SEGMENT_BYTES:
                 self._segments.append(self._begun())
             segment = self._segments[-1]
-            if os.write(segment.handle, line) < len(line):
+            if (written := _system_write(segment.handle, line, len(line))) < len(line):
+                number = ctypes.get_errno() if written < 0 else errno.ENOSPC
                 os.ftruncate(segment.handle, segment.size)
-                raise OSError("the disk is full")
+                raise OSError(number, os.strerror(number))
         except OSError as error:
             self.dropped += 1
             raise JournalFullError(

@@ -12,7 +12,7 @@ from typing import Any
 from ...adapters.blend import Blend
 from ...routers.base import Decision
 from ...routers.token_routing import TokenRouting
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..relay.bodies import RelayedChat, RelayedText
 from ..responses.progress import Progress
 from ..schemas.completions import GenerationBody

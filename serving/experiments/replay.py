@@ -16,7 +16,7 @@ from ..access.callers import Caller
 from ..access.permissions import check_named
 from ..context import Context
 from ..errors import ApiError
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..relay.bodies import CHAT_PATH, relayed
 from ..responses.progress import usage
 from ..schemas.completions import ChatRequest, CompletionRequest, GenerationBody

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ...adapters.errors import MergerouteError
 from ...runtime.engine import Engine
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..responses.progress import Progress
 
 SPARE_SHARE = 0.25

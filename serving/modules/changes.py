@@ -16,7 +16,7 @@ from ...routers.base import Card, Query
 from ...runtime.types import GenerationRequest
 from ..chat import user_prompt
 from ..errors import ApiError
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..targets import Targets
 from .schemas import LoadModuleRequest, UnloadModuleRequest
 from .sources import Sources

@@ -9,7 +9,7 @@ from typing import Any
 from ...adapters.bank import BankModule
 from ...adapters.errors import UnknownModuleError
 from ..errors import ApiError
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..targets import Targets
 from .state import ModuleChange, State
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ..access.checks import check_load
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..targets import Targets
 from . import changes
 from .changes import Change

@@ -6,7 +6,7 @@ import logging
 
 from ...adapters.errors import BankError, MergerouteError
 from ..errors import ApiError
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..targets import Targets
 from .changes import introduced
 from .sources import Sources

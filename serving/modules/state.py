@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ApiError, SettingsError
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 
 STATE_FILE = "modules.json"
 UPLOADS = "uploads"

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from ...adapters.errors import UnknownModuleError
 from ...runtime.residency import Residency
 from ...runtime.resident_set import ResidentInfo
-from ..hosting import HostedBank
+from ..hosted import HostedBank
 from ..service import Service
 from .catalogue import (
     COLD_LOADS,

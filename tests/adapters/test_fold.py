@@ -15,7 +15,8 @@ import torch
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.adapters.bank import Bank, BankModule, copy_files, new_bank, seal, write_bank
 from mergeroute.adapters.errors import BankError, ModuleError
-from mergeroute.adapters.fold import FoldSettings, fold, stored_dtype
+from mergeroute.adapters.fold import fold, stored_dtype
+from mergeroute.adapters.fold_settings import FoldSettings
 from mergeroute.adapters.lora import Module
 from mergeroute.adapters.manifest import BackboneEntry, read_manifest
 from mergeroute.adapters.module_files import module_files

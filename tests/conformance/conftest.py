@@ -75,7 +75,7 @@ def _servers(kind: str) -> VllmOptions | None:
     if kind == "torch":
         return None
     if not (Path(sys.executable).parent / "vllm").is_file():
-        pytest.skip("vLLM is not installed here: make test-vllm")
+        pytest.fail("vLLM is not installed here: make test-vllm")
     return VllmOptions(flags={"max_num_batched_tokens": 512}, start_s=280)
 
 

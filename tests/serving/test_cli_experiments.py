@@ -114,6 +114,19 @@ def test_conclude_ends_it(ask: Ask, tmp_path: Path) -> None:
     assert "error: the experiment 'trial' is concluded" in again.error
 
 
+def test_only_what_is_over_or_never_began_is_deleted(ask: Ask, tmp_path: Path) -> None:
+    ask("create", written(tmp_path / "trial.yaml"))
+    ask("start", "trial")
+    refused = ask("delete", "trial")
+    assert refused.status == 1
+    assert "to delete it, it must be draft or concluded" in refused.error
+    ask("conclude", "trial")
+    assert ask("delete", "trial").status == 0
+    gone = ask("show", "trial")
+    assert gone.status == 1
+    assert "there is no experiment 'trial'; there are: none" in gone.error
+
+
 def test_a_report_without_data_says_so(ask: Ask, tmp_path: Path) -> None:
     ask("create", written(tmp_path / "trial.yaml"))
     ask("start", "trial")

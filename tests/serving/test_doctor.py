@@ -69,6 +69,23 @@ def test_a_sound_bank_is_loaded_and_has_no_errors(bank_path: Path) -> None:
     ]
 
 
+def test_variants_of_declared_experiments_are_asked_for(bank_path: Path) -> None:
+    def declared(name: str, target: str) -> dict[str, object]:
+        variants = [
+            {"name": "old", "target": "tiny", "weight": 0.5, "control": True},
+            {"name": "new", "target": target, "weight": 0.5},
+        ]
+        return {"name": name, "variants": variants}
+
+    documents = [declared("sound", "loud"), declared("gone", "laud")]
+    findings = list(examine(settings(banks=[str(bank_path)], experiments=documents)))
+    sound, gone = told(findings, "experiments")
+    assert sound == ("ok", "sound: all variants can answer")
+    assert gone[0] == "warning"
+    assert gone[1].startswith("gone: the variant 'new' cannot answer: ")
+    assert "'laud'" in gone[1]
+
+
 def run(arguments: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["mergeroute", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:

@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 import pytest
 
 from mergeroute.adapters.bank import Bank
-from mergeroute.serving.answers import Bounds
 from mergeroute.serving.errors import SettingsError
 from mergeroute.serving.experiment_client import ServerError
 from mergeroute.serving.experiment_plots import Effect, Point, effect_plot
 from mergeroute.serving.experiment_report import check_page, read_results, render_page, write_page
+from mergeroute.serving.experiments.answers import Bounds
 from mergeroute.serving.experiments.records import Record
 
 from .experiments.lab import Lab, lab

@@ -16,7 +16,8 @@ from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.lora import Module
 from mergeroute.adapters.manifest import BackboneEntry
 from mergeroute.runtime.options import EngineOptions
-from mergeroute.serving.hosting import HostedBank, Placement, host_banks
+from mergeroute.serving.hosted import HostedBank
+from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.schemas.completions import CompletionRequest
 from mergeroute.serving.service import Service
 

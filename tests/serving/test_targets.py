@@ -15,7 +15,8 @@ from mergeroute.adapters.errors import BankError, ModuleError, UnknownTargetErro
 from mergeroute.routers.settings import FixedSettings
 from mergeroute.routers.store import save_router
 from mergeroute.serving.errors import ApiError
-from mergeroute.serving.hosting import HostedBank, Placement, host_banks
+from mergeroute.serving.hosted import HostedBank
+from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.schemas.completions import ChatRequest
 from mergeroute.serving.service import Service
 from mergeroute.serving.targets import Targets

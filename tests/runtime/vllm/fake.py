@@ -38,7 +38,9 @@ SEPARATOR = "\u2028"  # a line to Python, not to server-sent events
 
 @dataclass
 class Fake:
-    """What one server does. seen: bodies and headers that came. folder: of modules; None: any."""
+    """What one server does. seen: bodies and headers that came. folder: of modules; None: any.
+    streams: that are open. aborted: those that were left before their end.
+    """
 
     name: str = "backbone"
     folder: Path | None = None
@@ -52,11 +54,15 @@ class Fake:
     lacks: set[str] = field(default_factory=set)
     seen: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
-    running: int = 0
+    streams: int = 0
     aborted: int = 0
 
     def reset(self) -> None:
-        """As new, but for what runs."""
+        """As new, once nobody streams any more: a stream that was left ends a moment later."""
+        deadline = time.monotonic() + 10
+        while self.streams:
+            assert time.monotonic() < deadline, "a stream was left open"
+            time.sleep(0.01)
         self.fault, self.count, self.token_s, self.aborted = "", 0, 0.0, 0
         self.is_ill = self.is_silent = False
         for kept in (self.lacks, self.seen, self.headers):
@@ -121,14 +127,10 @@ class Fake:
         if fault == "other":
             return JSONResponse({"hello": 1})
         answer = Answer(self, body, "chat" in request.url.path, fault)
-        self.running += 1
-        try:
-            if body.get("stream"):
-                return StreamingResponse(answer.events(), media_type="text/event-stream")
-            await self.pause(self.token_s * answer.count)
-            return JSONResponse(answer.whole())
-        finally:
-            self.running -= 1
+        if body.get("stream"):
+            return StreamingResponse(answer.events(), media_type="text/event-stream")
+        await self.pause(self.token_s * answer.count)
+        return JSONResponse(answer.whole())
 
     async def pause(self, seconds: float) -> None:
         """It ends with the server."""
@@ -226,6 +228,7 @@ class Answer:
     async def events(self) -> AsyncIterator[bytes]:
         """The answer piece by piece; two choices take turns."""
         is_over = False
+        self.fake.streams += 1
         try:
             for place in range(self.count):
                 await self.fake.pause(self.fake.token_s)
@@ -241,6 +244,7 @@ class Answer:
             is_over = True
         finally:
             self.fake.aborted += not is_over
+            self.fake.streams -= 1
 
     def broken(self, place: int) -> bytes | None:
         """What is sent in a chunk's place."""

@@ -290,7 +290,7 @@ def test_a_server_that_is_silent_loses_its_requests_to_another(
         for fake in fakes:
             fake.token_s = 0.05
         begun = await engine.forward(Call(PATH, {**STREAM, "max_tokens": 200}))
-        silent = next(fake for fake in fakes if fake.running or fake.seen)
+        silent = next(fake for fake in fakes if fake.streams or fake.seen)
         other = fakes[1 - fakes.index(silent)]
         silent.fault, silent.count, silent.token_s = "hang", 9, 30
         other.token_s = 0.0

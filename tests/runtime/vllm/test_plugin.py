@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -80,6 +81,17 @@ def test_sixteen_blends_and_base_rows_in_one_batch_are_the_merged_models(
     assert ask_all(server, asked, modules) == reference
     assert prefix_hits(server) - hits >= 19 * 128
     assert len({tuple(tokens) for tokens in reference}) > 12  # blends differ in what they say
+
+
+def test_modules_that_move_to_neighbouring_slots_stay_what_they_are(
+    server: VllmServer, model: Any, modules: dict[str, Module]
+) -> None:
+    """Of three slots in a row the outer ones move together after some steps, amid an answer."""
+    prompt = make_prompt(9, seed=5)
+    pairs = [Blend({one: 0.75, other: -0.5}) for one, other in combinations(NAMES, 2)]
+    for blend in (*pairs, *(Blend({name: 1.0}) for name in NAMES)):
+        found = server.tokens(named(blend, modules), prompt, 40)
+        assert found == reference_tokens(model, modules, blend, prompt, 40), blend
 
 
 def test_a_module_comes_is_replaced_and_goes_while_vllm_runs(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mergeroute.adapters.bank import Bank
-from mergeroute.serving.answers import ExperimentResults
+from mergeroute.serving.experiments.answers import ExperimentResults
 from mergeroute.serving.experiments.monitor import Monitor
 from mergeroute.serving.experiments.records import Exposure, Feedback, Outcome, Record
 from mergeroute.serving.service import ServiceOptions
