@@ -21,7 +21,7 @@ from rich.table import Table
 from scipy.stats import chi2_contingency, chisquare, kstest
 
 from mergeroute.serving.access.callers import ANYBODY
-from mergeroute.serving.experiments.allocation import Allocation, allocate, moved, ramped
+from mergeroute.serving.experiments.allocation import Allocation, allocate, ramped
 from mergeroute.serving.experiments.definition import Experiment
 from mergeroute.serving.experiments.enrolment import Running, enrol
 from mergeroute.serving.experiments.hashing import BUCKETS, bucket
@@ -179,6 +179,12 @@ def ramp(name: str, before: Weights, after: Weights, buckets: Buckets) -> Ramp:
         keys_moved=float(keys.sum()) / len(buckets),
         keys_against=int(keys[is_against].sum()),
     )
+
+
+def moved(before: Allocation, after: Allocation) -> int:
+    """How many buckets have another owner."""
+    pairs = zip(before.owners(), after.owners(), strict=True)
+    return sum(old != new for old, new in pairs)
 
 
 def counted(left: NDArray[Any], right: NDArray[Any], size: int) -> NDArray[np.int64]:

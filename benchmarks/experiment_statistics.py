@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -30,57 +29,26 @@ from mergeroute.serving.experiments.statistics.power import (
     units_needed,
 )
 from mergeroute.serving.experiments.statistics.srm import sample_ratio
-from mergeroute.serving.experiments.statistics.units import Kind, Sums
+from mergeroute.serving.experiments.statistics.units import Sums
+from mergeroute.serving.experiments.statistics.verdict import Metric, judge
+from mergeroute.serving.experiments.statistics.verdict import Table as Measured
 
+from .experiment_worlds import (
+    BINARY,
+    LOOKS,
+    RARE,
+    SCORE,
+    Array,
+    World,
+    arrivals,
+    one_side,
+    returning,
+    thirds,
+    true_rate,
+)
 from .machine import describe_machine
 
-Array = NDArray[np.float64]
 ALPHA = 0.05
-LOOKS = 50
-ACTIVITY = 1.0  # standard deviation of the logarithm of a user's requests
-
-
-@dataclass(frozen=True)
-class World:
-    """How users score. rate: mean score. spread: between users (a Beta's concentration, binary).
-    noise: within a user, continuous. leaning: what a user's score rises by per e-fold of activity.
-    """
-
-    name: str
-    kind: Kind
-    rate: float
-    spread: float
-    noise: float = 0.0
-    leaning: float = 0.0
-
-    def users(self, count: int, random: np.random.Generator) -> tuple[Array, Array]:
-        """[users] requests a batch on average, and the mean score of each."""
-        activity = np.exp(random.normal(0, ACTIVITY, count))
-        if self.kind == "binary":
-            a, b = self.rate * self.spread, (1 - self.rate) * self.spread
-            return activity, random.beta(a, b, count)
-        means = random.normal(self.rate, self.spread, count) + self.leaning * np.log(activity)
-        return activity, means
-
-    def totals(self, means: Array, requests: Array, random: np.random.Generator) -> Array:
-        """[...] the sum of scores of each user's requests."""
-        if self.kind == "binary":
-            return random.binomial(requests.astype(np.int64), means).astype(np.float64)
-        return requests * means + np.sqrt(requests) * self.noise * random.normal(
-            size=requests.shape
-        )
-
-    def request_variance(self) -> float:
-        """Of a single score, between and within users."""
-        if self.kind == "binary":
-            return self.rate * (1 - self.rate)
-        return self.spread**2 + self.noise**2 + (self.leaning * ACTIVITY) ** 2
-
-
-# correlations within a user: 0.09, 0.09, 0.2
-BINARY = World("binary, 10 %", "binary", rate=0.1, spread=10.0)
-RARE = World("binary, 1 %", "binary", rate=0.01, spread=10.0)
-SCORE = World("continuous", "continuous", rate=1.0, spread=0.5, noise=1.0, leaning=0.1)
 
 
 @dataclass(frozen=True)
@@ -96,6 +64,21 @@ class FalsePositives:
     fixed_at_every_look: float
     requests_at_every_look: float
     fixed_at_the_last: float
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Percent of A/A experiments whose verdict names a winner at any look. adjusted: with an
+    adjusted p-value of alpha or less on any metric.
+    """
+
+    variants: int
+    metrics: int
+    users: int
+    experiments: int
+    looks: int
+    winner: float
+    adjusted: float
 
 
 @dataclass(frozen=True)
@@ -149,57 +132,6 @@ class Guardrails:
     median_units_at_pause: float | None
 
 
-def products_of(y: Array, x: Array, z: Array) -> Array:
-    """[10, ...] what Sums adds up, in its order."""
-    here = (x > 0).astype(np.float64)
-    return np.stack([here, y, x, y * y, x * x, x * y, here * z, here * z * z, y * z, x * z])
-
-
-def as_sums(row: Array) -> Sums:
-    """[10] in the order of its fields."""
-    return Sums(int(row[0]), *map(float, row[1:]))
-
-
-def arrivals(
-    world: World,
-    users: int,
-    random: np.random.Generator,
-    *,
-    change: float = 0.0,
-    cuped: bool = False,
-) -> Iterator[tuple[Sums, Sums]]:
-    """Users who come once, at every look a few more; `change` is added to the variant's means."""
-    activity, means = world.users(users, random)
-    variant = random.random(users) < 0.5
-    requests = 1 + random.poisson(3 * activity).astype(np.float64)
-    totals = world.totals(np.clip(means + change * variant, *bounds(world)), requests, random)
-    known = pre_period(world, activity, means, random) if cuped else np.zeros(users)
-    products = products_of(totals, requests, known)
-    ends = np.linspace(0, users, LOOKS + 1).astype(int)[1:] - 1
-    both = [np.cumsum(products * side, axis=1)[:, ends] for side in (~variant, variant)]
-    for look in range(LOOKS):
-        yield as_sums(both[0][:, look]), as_sums(both[1][:, look])
-
-
-def returning(world: World, users: int, random: np.random.Generator) -> Iterator[tuple[Sums, Sums]]:
-    """Users who come in the first half of the looks and ask again and again."""
-    activity, means = world.users(users, random)
-    since = random.integers(0, LOOKS // 2, users)
-    here = np.arange(LOOKS) >= since[:, None]  # [users, looks]
-    requests = random.poisson(activity[:, None] * here).astype(np.float64)
-    totals = world.totals(np.broadcast_to(means[:, None], requests.shape), requests, random)
-    variant = random.random(users) < 0.5
-    products = products_of(totals.cumsum(axis=1), requests.cumsum(axis=1), np.zeros((users, 1)))
-    both = [products[:, side].sum(axis=1) for side in (~variant, variant)]
-    for look in range(LOOKS):
-        yield as_sums(both[0][:, look]), as_sums(both[1][:, look])
-
-
-def bounds(world: World) -> tuple[float, float]:
-    """What means may be."""
-    return (0.0, 1.0) if world.kind == "binary" else (-np.inf, np.inf)
-
-
 def by_requests(world: World, control: Sums, variant: Sums) -> bool:
     """Whether a test that takes requests for independent finds a difference."""
     if min(control.x, variant.x) == 0:
@@ -251,6 +183,29 @@ def looked_at(world: World, looks: Iterator[tuple[Sums, Sums]]) -> Array:
     return np.append(found[:, :4].max(axis=0), found[-1, 4])
 
 
+def verdicts(experiments: int) -> Iterator[Verdicts]:
+    """A/A experiments of three variants, judged by three metrics after every batch."""
+    users, random = 7_500, np.random.default_rng(7)
+    hits = np.zeros(2)
+    for _ in range(experiments):
+        hits += judged_at(thirds(users, random))
+    yield Verdicts(3, 3, users, experiments, LOOKS, *map(float, 100 * hits / experiments))
+
+
+def judged_at(looks: Iterator[Measured]) -> Array:
+    """[2] what was found at any look, in the order of Verdicts."""
+    metrics = [Metric(world.name, world.kind, "up") for world in (SCORE, BINARY, RARE)]
+    found = np.zeros(2)
+    for measured in looks:
+        units = {name: sums.n for name, sums in measured[SCORE.name].items()}
+        ratio = sample_ratio(units, dict.fromkeys(units, 1))
+        verdict = judge(metrics, measured, control="a", sample_ratio=ratio, alpha=ALPHA)
+        arms = [arm for each in verdict.arms.values() for arm in each.values()]
+        least = min(1.0 if arm.adjusted_p_value is None else arm.adjusted_p_value for arm in arms)
+        found = np.maximum(found, [verdict.winner is not None, least <= ALPHA])
+    return found
+
+
 def coverage(experiments: int) -> Iterator[Coverage]:
     """Intervals of a true difference, users as units, with and without a pre-period."""
     for world, change in ((BINARY, 0.03), (SCORE, 0.1)):
@@ -276,26 +231,6 @@ def share(held: Array) -> float | None:
     return 100 * float(known.mean()) if len(known) else None
 
 
-def one_side(
-    world: World, count: int, random: np.random.Generator, change: float
-) -> tuple[Array, Array, Array]:
-    """[users] totals, requests, and the score of a pre-period."""
-    activity, means = world.users(count, random)
-    known = pre_period(world, activity, means, random)
-    requests = 1 + random.poisson(5 * activity).astype(np.float64)
-    if world.kind == "binary":  # the same shape around the other rate
-        means = means + change * (1 - means) / (1 - world.rate)
-        return world.totals(means, requests, random), requests, known
-    return world.totals(means + change, requests, random), requests, known
-
-
-def pre_period(world: World, activity: Array, means: Array, random: np.random.Generator) -> Array:
-    """[users] the mean score before, less that of all; 0 for who was not there."""
-    requests = random.poisson(5 * activity).astype(np.float64)
-    earlier = world.totals(means, requests, random) / np.maximum(requests, 1)
-    return np.where(requests > 0, earlier - world.rate, 0.0)
-
-
 def covered(world: World, control: Sums, variant: Sums, change: float) -> Array:
     """[6] what holds the truth, in the order of Coverage, and the standard error."""
     seen = effect(control, variant, kind=world.kind, alpha=ALPHA)
@@ -313,13 +248,6 @@ def covered(world: World, control: Sums, variant: Sums, change: float) -> Array:
         ],
         dtype=np.float64,
     )
-
-
-def true_rate(world: World) -> float:
-    """The mean over requests, of which a user of activity a has 1 + 5 a: E[a log a] / E[a] is the
-    variance of a lognormal's logarithm."""
-    mean = np.exp(ACTIVITY**2 / 2)
-    return float(world.rate + world.leaning * 5 * mean * ACTIVITY**2 / (1 + 5 * mean))
 
 
 def sample_ratios(experiments: int) -> Iterator[SampleRatios]:
@@ -409,6 +337,7 @@ def paused_at(looks: Iterator[tuple[Sums, Sums]]) -> int | None:
 
 SECTIONS: dict[str, Callable[[int], Iterator[Any]]] = {
     "false positives": false_positives,
+    "verdicts": lambda experiments: verdicts(experiments // 5),
     "coverage": coverage,
     "sample ratio": lambda experiments: sample_ratios(10 * experiments),
     "power": power,
@@ -449,6 +378,7 @@ def main(
     if json_file:
         json_file.write_text(json.dumps(document, indent=2) + "\n")
     found = [row["always_valid"] for row in document.get("false_positives", [])]
+    found += [row["winner"] for row in document.get("verdicts", [])]
     raise SystemExit(max(found, default=0) > 100 * ALPHA)
 
 

@@ -127,7 +127,8 @@ def create_app(
     async def models(request: Request) -> dict[str, Any]:
         entries = listing_for(request.state.caller, service.targets)
         entries += service.listed_experiments(request.state.caller)
-        return {"object": "list", "data": [_model(entry, started) for entry in entries]}
+        by_id = {entry["id"]: entry for entry in entries}  # an experiment answers for its name
+        return {"object": "list", "data": [_model(entry, started) for entry in by_id.values()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _target(body: GenerationBody, targets: Targets, caller: Caller, plan: Plan) 
         ApiError: its routing goes with no such target; or that of a variant is gone.
     """
     if plan.target is not None:
-        return _planned(plan, plan.target, targets, caller)
+        return _planned(plan, plan.target, targets)
     with names_hidden(caller, body.model):
         asked = asked_for(body, targets)
     target = resolve_for(caller, targets, asked.model, asked.weights, param=asked.field)
@@ -187,7 +187,7 @@ def _target(body: GenerationBody, targets: Targets, caller: Caller, plan: Plan) 
     return target
 
 
-def _planned(plan: Plan, name: str, targets: Targets, caller: Caller) -> Target:
+def _planned(plan: Plan, name: str, targets: Targets) -> Target:
     """The target of a plan, which has seen to it that the caller may have it. A promoted one that
     is gone leaves the server's own default; a variant's is told of, lest another be counted.
 
@@ -198,7 +198,7 @@ def _planned(plan: Plan, name: str, targets: Targets, caller: Caller) -> Target:
         return targets.resolve(name)
     except MergerouteError as error:
         if plan.promoted_by is not None:
-            own = resolve_for(caller, targets, AUTO)
+            own = targets.resolve(AUTO)
             return replace(own, warning=f"the promoted target {name} is gone: default answers")
         logger.error("the target of an experiment is gone: %s", error)
         raise ApiError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ def whole_buckets(what: str, share: float) -> int:
     return count
 
 
+def least_buckets(share: float) -> int:
+    """The fewest buckets that are no less than a share."""
+    return math.ceil(share * BUCKETS - 1e-9)
+
+
 def allocate(weights: Mapping[str, float]) -> Allocation:
     """One run per variant, in the order of the weights.
 
@@ -139,12 +145,6 @@ def ramped(allocation: Allocation, weights: Mapping[str, float]) -> Allocation:
         for bucket, taker in zip(given, takers, strict=True):
             owners[bucket] = taker
     return _allocation(owners)
-
-
-def moved(before: Allocation, after: Allocation) -> int:
-    """How many buckets have another owner."""
-    pairs = zip(before.owners(), after.owners(), strict=True)
-    return sum(old != new for old, new in pairs)
 
 
 def _allocation(owners: Iterable[str]) -> Allocation:

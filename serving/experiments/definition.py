@@ -5,13 +5,15 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from ..errors import ApiError
-from .allocation import shares, whole_buckets
+from .allocation import least_buckets, shares, whole_buckets
 from .audience import Audience, Section, header_name
+from .hashing import BUCKETS
 from .metrics import BUILT_IN, Guardrail, Label, MetricSettings
 
 __all__ = ["Audience", "Bandit", "Experiment", "Guardrail", "MetricSettings", "ShadowSettings"]
@@ -40,8 +42,8 @@ class Bandit(Section):
     """Weights follow what the variants achieve."""
 
     metric: str = Field(description="what is to be gained")
-    floor: float = Field(0.05, ge=0, description="least weight of a variant")
-    every_minutes: float = Field(60, gt=0, description="time between two changes of weights")
+    floor: float = Field(0.05, ge=0, description="least weight of a variant, also at the start")
+    every_minutes: float = Field(60, gt=0, description="least time between two changes of weights")
 
 
 class ShadowSettings(Section):
@@ -141,32 +143,28 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Experiment:
-        if self.bandit and self.bandit.floor * len(self.variants) > 1:
-            raise ValueError(
-                f"bandit.floor {self.bandit.floor:g} of {len(self.variants)} variants is more than "
-                f"there is: at most {1 / len(self.variants):g}"
-            )
+        _check_floor(self.bandit, self.weights)
         if self.shadow and self.shadow.variant not in self.weights:
             raise ValueError(f"shadow.variant {self.shadow.variant!r} is no variant")
         return self
 
-    @property
-    def weights(self) -> dict[str, float]:
+    @cached_property
+    def weights(self) -> Mapping[str, float]:
         """By variant, in the order of the variants."""
         return {variant.name: variant.weight for variant in self.variants}
 
-    @property
-    def by_name(self) -> dict[str, Variant]:
+    @cached_property
+    def by_name(self) -> Mapping[str, Variant]:
         """The variants."""
         return {variant.name: variant for variant in self.variants}
 
-    @property
+    @cached_property
     def control(self) -> Variant:
         """What the others are compared with."""
         return next(variant for variant in self.variants if variant.control)
 
-    @property
-    def measured(self) -> dict[str, MetricSettings]:
+    @cached_property
+    def measured(self) -> Mapping[str, MetricSettings]:
         """All metrics by name, those that are always recorded first."""
         return {**BUILT_IN, **{metric.name: metric for metric in self.metrics}}
 
@@ -184,7 +182,8 @@ class Experiment(Section):
         """With other weights, of all variants.
 
         Raises:
-            ApiError: one is missing or unknown, or they are no shares that sum to 1.
+            ApiError: one is missing or unknown, they are no shares that sum to 1, or one is below
+                the bandit's floor.
         """
         if weights.keys() != self.weights.keys():
             raise ApiError(
@@ -194,6 +193,7 @@ class Experiment(Section):
             )
         try:
             shares(weights)
+            _check_floor(self.bandit, weights)
         except ValueError as error:
             raise ApiError(str(error), param="weights") from error
         variants = [{**v.model_dump(), "weight": weights[v.name]} for v in self.variants]
@@ -211,6 +211,22 @@ def _unit(name: str) -> str:
     if name not in _UNITS:
         raise ValueError(f"{name!r} is no unit: header:NAME, {', '.join(_UNITS)}")
     return name
+
+
+def _check_floor(bandit: Bandit | None, weights: Mapping[str, float]) -> None:
+    """Refuse what a bandit could never mend: it moves no weight before it knows of all variants."""
+    floor = bandit.floor if bandit else 0.0
+    least = least_buckets(floor)
+    if least * len(weights) > BUCKETS:
+        raise ValueError(
+            f"bandit.floor {floor:g} of {len(weights)} variants is more than there is: at most "
+            f"{BUCKETS // len(weights) / BUCKETS:g}"
+        )
+    if low := [name for name, count in shares(weights).items() if count < least]:
+        raise ValueError(
+            f"the weight of {low[0]!r} is {weights[low[0]]:g}, below bandit.floor {floor:g}: raise "
+            "it, or lower the floor"
+        )
 
 
 def _check_unique(what: str, names: Iterable[str]) -> None:

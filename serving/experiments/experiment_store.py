@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any, Literal
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, func, insert, select, update
 
 from ..errors import ApiError
 from .allocation import Allocation
@@ -20,6 +21,8 @@ from .tables import experiments, promotions, versions
 
 State = Literal["draft", "running", "paused", "concluded"]
 _DELETED = "deleted"
+_AT_ONCE = 10
+"""Versions that are fetched together."""
 _TOLD, _SHOWN = 20, 80
 """Of an error: names at most, and letters of one."""
 
@@ -157,13 +160,38 @@ class Experiments:
         Raises:
             ApiError: there is none of this name (404).
         """
+        asked = _versions(self.get(name)).order_by(versions.c.version)
+        return [_stored(row) for row in self._connection.execute(asked)]
+
+    def settled(self, name: str) -> tuple[StoredExperiment, StoredExperiment]:
+        """As it is now, and at the version at which its weights became what they are. Those before
+        are not read: a bandit makes thousands.
+
+        Raises:
+            ApiError: there is none of this name (404).
+        """
         now = self.get(name)
         asked = (
-            select(versions)
-            .where(versions.c.name == name, versions.c.version >= now.first_version)
-            .order_by(versions.c.version)
+            _versions(now)
+            .where(versions.c.version < now.version)
+            .order_by(versions.c.version.desc())
+            .execution_options(yield_per=_AT_ONCE)
         )
-        return [_stored(row) for row in self._connection.execute(asked)]
+        with self._connection.execute(asked) as rows:
+            weights = now.document.weights
+            same = takewhile(lambda each: each.document.weights == weights, map(_stored, rows))
+            return now, [now, *same][-1]
+
+    def running_since(self, now: StoredExperiment, version: int) -> float:
+        """When it first ran from a version on; when it became as it is now, where it never did."""
+        asked = (
+            _versions(now)
+            .where(versions.c.version >= version, versions.c.state == "running")
+            .order_by(versions.c.version)
+            .with_only_columns(versions.c.changed_at)
+        )
+        found = self._connection.execute(asked.limit(1)).scalar()
+        return now.changed_at if found is None else found
 
     def delete(self, name: str, etag: str, *, who: str) -> None:
         """Take it away; its versions and records stay for audits, out of the way of a new one of
@@ -238,6 +266,13 @@ _CURRENT = (
     .order_by(versions.c.name)
 )
 _IN_FORCE = promotions.c.taken_back_at.is_(None)
+
+
+def _versions(now: StoredExperiment) -> Select[Any]:
+    """Since its creation: not those of one that had the name before."""
+    return select(versions).where(
+        versions.c.name == now.name, versions.c.version >= now.first_version
+    )
 
 
 def _row(stored: StoredExperiment) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +150,8 @@ class Journal:
             self.backlog -= len(batch.records) + len(batch.refused)
             self.backlog_bytes -= batch.size
             if self._offset >= _SEGMENT_BYTES and len(self._segments) == 1:
-                self._segments.append(self._begun())
+                with suppress(OSError):  # this one grows on, and `append` says what is wrong
+                    self._segments.append(self._begun())
         self._first()
 
     def refuse(self, line: bytes) -> None:

@@ -9,19 +9,22 @@ from ..errors import ApiError
 from .definition import Experiment, Guardrail
 from .experiment_store import StoredExperiment
 from .metrics import BUILT_IN
+from .record_store import AnsweredFrom
 from .statistics.srm import SampleRatio, sample_ratio
 from .statistics.units import Sums
 from .statistics.verdict import Metric, Verdict, judge
-from .store import Store
+from .store import Reading
 from .sums import Span, UnitCounts
 
 
 @dataclass(frozen=True)
 class Judged:
-    """An experiment and what its data say. span: the exposures that count. since: when it began to
-    run as it does in them. units: in them. ratio: of those since the weights last changed, in
-    version `ratio_since`. deciding: of the metrics that the verdict goes by; watching: of those
-    that are recorded anyway.
+    """An experiment and what its data say, all as of one moment.
+
+    span: the exposures that count. since: when it began to run as it does in them. units: in them.
+    ratio: of those since the weights last changed, in version `ratio_since`. answered_from: what
+    answered them. deciding: of the metrics that the verdict goes by; watching: of those that are
+    recorded anyway.
     """
 
     stored: StoredExperiment
@@ -31,70 +34,54 @@ class Judged:
     ratio: SampleRatio
     ratio_since: int
     sums: dict[str, dict[str, Sums]]
+    answered_from: Sequence[AnsweredFrom]
     deciding: Verdict
     watching: Verdict | None
 
 
-def judged(store: Store, name: str, *, version_from: int | None = None) -> Judged:
+def judged(reading: Reading, name: str, *, version_from: int | None = None) -> Judged:
     """Judge an experiment by the exposures of `span_of`, or by those of the version `version_from`
     and later ones.
 
     Raises:
         ApiError: there is no such experiment or version, or the database does not answer.
     """
-    history = store.history(name)
-    stored, settled = history[-1], Span(version_from=settled_at(history))
-    document = stored.document
+    stored, settled = reading.settled(name)
+    document, since_settled = stored.document, Span(version_from=settled.version)
     if version_from is not None and version_from > stored.version:
         raise ApiError(
             f"version_from is {version_from}, the experiment {name!r} is at version "
             f"{stored.version}: give that or an earlier one",
             param="version_from",
         )
-    span = Span(version_from=version_from) if version_from else span_of(history)
-    measured = {metric: store.sums(name, metric, span) for metric in document.measured}
-    settled_units = store.unit_counts(name, settled)
+    span = Span(version_from=version_from) if version_from else span_of(stored, settled)
+    measured = {metric: reading.sums(name, metric, span) for metric in document.measured}
+    settled_units = reading.unit_counts(name, since_settled)
     ratio = sample_ratio(settled_units.by_variant, document.weights)
     deciding = _metrics(document, decides=True)
     watching = _metrics(document, decides=False)
     return Judged(
         stored,
         span,
-        _running_since(history, span),
-        settled_units if span == settled else store.unit_counts(name, span),
+        reading.running_since(stored, span.version_from or 0),
+        settled_units if span == since_settled else reading.unit_counts(name, span),
         ratio,
-        settled_at(history),
+        settled.version,
         measured,
+        reading.answered_from(name, span),
         _verdict(document, deciding or watching, measured, ratio),
         _verdict(document, watching, measured, ratio) if deciding and watching else None,
     )
 
 
-def span_of(history: Sequence[StoredExperiment]) -> Span:
+def span_of(stored: StoredExperiment, settled: StoredExperiment) -> Span:
     """The exposures since the weights last changed: units that a ramp moved would be missing from
     where they went, the busiest first. A bandit's weights change all the time: there all count.
+
+    settled: the version at which the weights became what they are.
     """
-    stored = history[-1]
     is_bandit = stored.document.bandit is not None
-    return Span(version_from=stored.first_version if is_bandit else settled_at(history))
-
-
-def _running_since(history: Sequence[StoredExperiment], span: Span) -> float:
-    """When the first version that counts began to run; when it was made, where none did."""
-    counted = [each for each in history if each.version >= (span.version_from or 0)]
-    running = [each.changed_at for each in counted if each.state == "running"]
-    return running[0] if running else history[-1].changed_at
-
-
-def settled_at(history: Sequence[StoredExperiment]) -> int:
-    """The version at which the weights became what they are. history: not empty."""
-    weights = history[-1].document.weights
-    version = history[-1].version
-    for stored in reversed(history):
-        if stored.document.weights != weights:
-            break
-        version = stored.version
-    return version
+    return Span(version_from=stored.first_version if is_bandit else settled.version)
 
 
 def guard_of(document: Experiment, metric: str) -> Guardrail | None:

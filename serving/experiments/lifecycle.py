@@ -20,7 +20,9 @@ _ACTIVE: tuple[State, ...] = ("running", "paused")
 
 @dataclass(frozen=True)
 class Author:
-    """Who makes a change, and why. etag: of the version it is made of; None: whichever it is."""
+    """Who makes a change, and why. etag: of the version it is made of, or several with commas, as
+    If-Match has them; None: whichever it is.
+    """
 
     who: str
     reason: str = ""
@@ -32,8 +34,11 @@ class Author:
         Raises:
             StaleError: somebody else changed it.
         """
-        if self.etag not in (None, "*", stored.etag):
-            raise StaleError(stored.name, given=str(self.etag), etag=stored.etag)
+        if self.etag is None:
+            return
+        given = {each.strip().removeprefix("W/") for each in self.etag.split(",")}
+        if given.isdisjoint(("*", stored.etag)):
+            raise StaleError(stored.name, given=self.etag, etag=stored.etag)
 
 
 def create(

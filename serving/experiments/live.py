@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...adapters.errors import MergerouteError
 from ..context import Context
@@ -28,6 +30,8 @@ from .store import Store
 if TYPE_CHECKING:
     from ..targets import Targets
     from ..telemetry.record import RequestRecord
+    from .definition import Variant
+    from .enrolment import Running
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,10 @@ REFRESH_S = 1.0
 SNAPSHOT_FILE = "experiments.json"
 _DATABASE_FILE = "experiments.sqlite"
 _JOURNAL_FOLDER = "journal"
+_THREADS = 4
+"""That wait for the database where clients ask for experiments, see `LiveExperiments.ask`."""
+
+_Found = TypeVar("_Found")
 
 
 class LiveExperiments:
@@ -54,6 +62,7 @@ class LiveExperiments:
         self._file = folder / SNAPSHOT_FILE
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._watcher: threading.Thread | None = None
+        self._asking = ThreadPoolExecutor(_THREADS, thread_name_prefix="experiment-asking")
         self._waiting: deque[Callable[[], None]] = deque()
         self._unreachable: str | None = None
         self._secret = ""  # of the database, once it was asked: the snapshot's may be another's
@@ -120,6 +129,12 @@ class LiveExperiments:
                 self.snapshot = found
                 self._keep(found)
 
+    async def ask(self, question: Callable[[], _Found]) -> _Found:
+        """What the database says, waited for in threads of its own: those that route requests are
+        not for a database that is slow.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._asking, question)
+
     @contextmanager
     def changing(self) -> Iterator[Experiments]:
         """As `Store.changing`; requests see what was changed as soon as the block has ended."""
@@ -152,10 +167,16 @@ class LiveExperiments:
         default = self.snapshot.default
         if default is not None and not is_there(targets, default.target):
             found.append(f"the promoted target {default.target!r} is gone: the default answers")
+        found += self._clashing(targets) + self._broken(targets)
         if status["database"] != "up":
             found.append("the database of experiments is down: the log says why")
         if status["dropped"]:
             found.append(f"{status['dropped']:,} records of experiments were dropped")
+        if status["repeated"]:
+            found.append(
+                f"{status['repeated']:,} requests had the x-request-id of an earlier one and count "
+                "in no experiment: send none, or a new one with each request"
+            )
         return found
 
     def close(self) -> None:
@@ -163,9 +184,29 @@ class LiveExperiments:
         self._closing.set()
         if self._watcher:
             self._watcher.join()
+        self._asking.shutdown(cancel_futures=True)
         self.recorder.close()
         self._journal.close()
         self._database.close()
+
+    def _clashing(self, targets: Targets) -> list[str]:
+        """Experiments that were there before something else got their name."""
+        return [
+            f"the experiment {name!r} answers for the bank, module or backbone of its name: "
+            "conclude and delete it, or rename the other"
+            for name in self.snapshot.by_name
+            if targets.is_known(name)
+        ]
+
+    def _broken(self, targets: Targets) -> list[str]:
+        """Experiments that run and that this server cannot answer in full."""
+        return [
+            f"the experiment {each.experiment.name!r} runs, and {variant.target!r}, which "
+            f"{variant.name} answers from, is not on this server: its users get 503"
+            for each in self.snapshot.experiments
+            if each.state == "running"
+            for variant in missing(each, targets)
+        ]
 
     def _watch(self, look: Callable[[], None]) -> None:
         while not self._closing.wait(REFRESH_S):
@@ -193,6 +234,11 @@ class LiveExperiments:
             write_snapshot(self._file, snapshot)
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._file, error.strerror)
+
+
+def missing(running: Running, targets: Targets) -> list[Variant]:
+    """The variants that cannot answer here now."""
+    return [each for each in running.experiment.variants if not is_there(targets, each.target)]
 
 
 def is_there(targets: Targets, name: str) -> bool:

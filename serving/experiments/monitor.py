@@ -6,28 +6,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ...adapters.errors import MergerouteError
 from ..targets import Targets
 from . import lifecycle
 from .definition import Guardrail
 from .enrolment import Running
-from .experiment_store import StoredExperiment
-from .judging import settled_at, span_of
+from .judging import span_of
 from .lifecycle import Author
-from .live import LiveExperiments, is_there
+from .live import LiveExperiments, missing
 from .pruning import prune
 from .statistics.bandit import thompson_weights
 from .statistics.guardrail import guardrail
-from .statistics.sequential import MINIMUM_UNITS
 from .statistics.units import Sums
 
 logger = logging.getLogger(__name__)
 
 EVERY_S = 60.0
+PATIENCE_S = 60.0
 MONITOR, BANDIT = "monitor", "bandit"
 """Who made a change."""
+LEAST_CHANGE = 0.02
+"""Of a weight, by a bandit: a smaller one gains little, and units that move count nowhere."""
 
 
 class Monitor:
@@ -35,14 +36,23 @@ class Monitor:
     the others find done.
 
     targets: what can be asked for now. every_s: between two looks at guardrails and bandits.
+    patience_s: how long an experiment goes on although a target of it is not on this server, and
+    never was: another one may have it. For one that was here and went, it is paused at once.
     """
 
     def __init__(
-        self, live: LiveExperiments, targets: Callable[[], Targets], *, every_s: float = EVERY_S
+        self,
+        live: LiveExperiments,
+        targets: Callable[[], Targets],
+        *,
+        every_s: float = EVERY_S,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._live = live
         self._targets = targets
         self._every_s = every_s
+        self._patience_s = patience_s
+        self._due: dict[str, dict[str, float]] = {}  # by experiment and target: when it may go
         self._looked = time.monotonic()
         self._told: list[str] = []
 
@@ -50,6 +60,8 @@ class Monitor:
         """Once a second."""
         self._tell()
         running = [each for each in self._live.snapshot.experiments if each.state == "running"]
+        names = [each.experiment.name for each in running]
+        self._due = {name: self._due.get(name, {}) for name in names}
         for each in running:
             self._careful(each, self._pause_broken)
         if time.monotonic() - self._looked >= self._every_s:
@@ -75,8 +87,12 @@ class Monitor:
         self._told = found
 
     def _pause_broken(self, running: Running) -> None:
+        now, gone = time.monotonic(), missing(running, self._targets())
+        due = self._due[running.experiment.name]
         for variant in running.experiment.variants:
-            if not is_there(self._targets(), variant.target):
+            if variant not in gone:
+                due[variant.target] = now
+            elif now >= due.setdefault(variant.target, now + self._patience_s):
                 self._pause(
                     running, f"{variant.target!r}, which {variant.name} answers from, is gone"
                 )
@@ -86,7 +102,7 @@ class Monitor:
         experiment = running.experiment
         if not experiment.guardrails:
             return
-        span = span_of(self._live.store.history(experiment.name))
+        span = span_of(*self._live.store.settled(experiment.name))
         for guard in experiment.guardrails:
             sums = self._live.store.sums(experiment.name, guard.metric, span)
             if reason := _breach(running, guard, sums):
@@ -105,20 +121,20 @@ class Monitor:
         if experiment.bandit is None:
             return
         bandit, metric = experiment.bandit, experiment.measured[experiment.bandit.metric]
-        history = self._live.store.history(experiment.name)
-        if time.time() - _settled_since(history) < 60 * bandit.every_minutes:
+        stored, settled = self._live.store.settled(experiment.name)
+        if time.time() - settled.changed_at < 60 * bandit.every_minutes:
             return
-        found = self._live.store.sums(experiment.name, metric.name, span_of(history))
+        found = self._live.store.sums(experiment.name, metric.name, span_of(stored, settled))
         sums = {name: found.get(name, Sums()) for name in experiment.weights}
-        if min(each.n for each in sums.values()) < MINIMUM_UNITS:
-            return
         weights = thompson_weights(
             sums, kind=metric.kind, direction=metric.direction, floor=bandit.floor
         )
-        if weights != history[-1].document.weights:
-            with self._live.changing() as experiments:
-                author = Author(BANDIT, etag=history[-1].etag)
-                lifecycle.ramp(experiments, experiment.name, author, weights=weights)
+        now = stored.document.weights
+        if weights is None or max(abs(weights[v] - now[v]) for v in now) < LEAST_CHANGE:
+            return
+        with self._live.changing() as experiments:
+            author = Author(BANDIT, etag=stored.etag)
+            lifecycle.ramp(experiments, experiment.name, author, weights=weights)
 
 
 def _breach(running: Running, guard: Guardrail, sums: dict[str, Sums]) -> str | None:
@@ -145,9 +161,3 @@ def _breach(running: Running, guard: Guardrail, sums: dict[str, Sums]) -> str | 
                 f"the control's, {limit:g} is allowed"
             )
     return None
-
-
-def _settled_since(history: Sequence[StoredExperiment]) -> float:
-    """When the weights became what they are."""
-    version = settled_at(history)
-    return next(stored.changed_at for stored in history if stored.version == version)

@@ -47,6 +47,7 @@ def plan_of(body: GenerationBody, context: Context, snapshot: Snapshot) -> Plan:
         return Plan(
             snapshot.target_of(found.target),
             found,
+            promoted_by=default.experiment if default and found.target == AUTO else None,
             seed=secrets.randbits(_SEED_BITS) if found.is_exposed and _keeps(experiment) else None,
         )
     if default is not None:

@@ -4,29 +4,56 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Table, or_, select
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from .records import Exposure, Feedback, Record, ShadowPair, StoredRequest, values_of
+from .records import Exposure, Feedback, Record, StoredRequest, values_of
 from .sums import Span, counted
-from .tables import TABLES, exposures, feedback, shadow_pairs
+from .tables import TABLES, exposures, feedback
 
-_Kind = TypeVar("_Kind", Exposure, Feedback, ShadowPair, StoredRequest)
+_Kind = TypeVar("_Kind", Exposure, Feedback, StoredRequest)
 
 
-def insert_records(connection: Connection, records: Sequence[Record]) -> None:
-    """Keep records; those that are there already are left as they are."""
-    by_kind = defaultdict(list)
+@dataclass(frozen=True)
+class AnsweredFrom:
+    """What answered a variant's requests. bank: its digest."""
+
+    variant: str
+    target: str
+    bank: str
+
+
+def insert_records(connection: Connection, records: Sequence[Record]) -> int:
+    """Keep records; those that are there already are left as they are. How many exposures were of
+    other requests than those that have their ids.
+    """
+    by_kind, repeated = defaultdict(list), 0
     for record in records:
         by_kind[type(record)].append(values_of(record))
     is_sqlite = connection.dialect.name == "sqlite"
     for kind, rows in by_kind.items():
         insert = sqlite_insert(TABLES[kind]) if is_sqlite else postgresql_insert(TABLES[kind])
-        connection.execute(insert.on_conflict_do_nothing(), rows)
+        done = connection.execute(
+            insert.on_conflict_do_nothing(), rows, execution_options={"preserve_rowcount": True}
+        )
+        if kind is Exposure and done.rowcount != len(rows):
+            repeated = _repeated(connection, rows)
+    return repeated
+
+
+def _repeated(connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
+    """How many exposures differ from what is stored of their requests; a journal that was drained
+    before holds the same again.
+    """
+    columns = [exposures.c[name] for name in ("request_id", "unit", "caller", "at")]
+    ids = {row["request_id"] for row in rows}
+    asked = select(*columns).where(exposures.c.request_id.in_(ids))
+    stored = {tuple(found) for found in connection.execute(asked)}
+    return sum(tuple(row[column.name] for column in columns) not in stored for row in rows)
 
 
 def find(connection: Connection, kind: type[_Kind], request_id: str) -> _Kind | None:
@@ -47,19 +74,17 @@ def find_feedback(
     return next(iter([*by_key, *found]), None)
 
 
-def read_shadow_pairs(connection: Connection, experiment: str, span: Span) -> list[ShadowPair]:
-    """Of an experiment, in the order of their insertion."""
-    given = select(exposures.c.request_id).where(*counted(connection, experiment, span))
-    asked = [shadow_pairs.c.experiment == experiment, shadow_pairs.c.request_id.in_(given)]
-    return _read(connection, ShadowPair, asked, order=shadow_pairs.c.sequence)
+def answered_from(connection: Connection, experiment: str, span: Span) -> list[AnsweredFrom]:
+    """All that there is, each once; nothing of requests that failed before they had a bank."""
+    columns = [exposures.c[each.name] for each in fields(AnsweredFrom)]
+    counts = [*counted(connection, experiment, span), exposures.c.bank != ""]
+    asked = select(*columns).where(*counts).distinct().order_by(*columns)
+    return [AnsweredFrom(*row) for row in connection.execute(asked)]
 
 
 def _read(
-    connection: Connection,
-    kind: type[_Kind],
-    where: Sequence[ColumnElement[bool]],
-    order: ColumnElement[int] | None = None,
+    connection: Connection, kind: type[_Kind], where: Sequence[ColumnElement[bool]]
 ) -> list[_Kind]:
     table: Table = TABLES[kind]
-    asked = select(*(table.c[each.name] for each in fields(kind))).where(*where).order_by(order)
+    asked = select(*(table.c[each.name] for each in fields(kind))).where(*where)
     return [kind(*row) for row in connection.execute(asked)]

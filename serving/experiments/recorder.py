@@ -40,15 +40,26 @@ class Recorder:
     """Takes records from the event loop (microseconds each) and brings them into the database from
     a thread of its own. It closes neither journal nor store.
 
-    is_shared: whether other servers write to the database, too.
+    is_shared: whether other servers write to the database, too. known: what remembers records
+    until they are stored.
     """
 
-    def __init__(self, journal: Journal, store: Store, *, is_shared: bool = True) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        store: Store,
+        *,
+        is_shared: bool = True,
+        known: Undrained | None = None,
+    ) -> None:
         self._waits_s = _WAITS_S if is_shared else ()
         self._journal = journal
         self._store = store
-        self._known = Undrained(journal.pending())
+        self._known = known or Undrained()
+        for record in journal.pending():
+            self._known.add(record)
         self._error: str | None = None
+        self._repeated = 0
         self._is_full = False
         self._claiming = threading.Lock()
         self._lookups = ThreadPoolExecutor(4, thread_name_prefix="experiment-lookup")
@@ -122,7 +133,8 @@ class Recorder:
 
     def status(self) -> dict[str, Any]:
         """For health and metrics: `database` (up, down), `backlog` and `backlog_bytes` not drained
-        yet, `dropped` and `refused` records, `last_error`.
+        yet, `dropped` and `refused` records, `repeated` requests (those that came under the id of
+        an earlier one, which alone counts), `last_error`.
         """
         return {
             "database": "up" if self._error is None else "down",
@@ -130,6 +142,7 @@ class Recorder:
             "backlog_bytes": self._journal.backlog_bytes,
             "dropped": self._journal.dropped,
             "refused": self._journal.refused,
+            "repeated": self._repeated,
             "last_error": self._error,
         }
 
@@ -191,11 +204,12 @@ class Recorder:
             began = time.perf_counter()
             while batch := self._journal.read():
                 self._insert(batch.records)
-                self._journal.drained(batch)
                 self._known.stored(batch.records)
+                self._journal.drained(batch)
                 self._told(None)
                 self._stopped.wait(min(time.perf_counter() - began, _LONGEST_REST_S))
                 began = time.perf_counter()
+            self._told(None)
         except (ApiError, SettingsError) as error:
             self._told(str(error))
             return False
@@ -210,7 +224,7 @@ class Recorder:
         if not records:
             return
         try:
-            self._store.insert(records)
+            self._repeated += self._store.insert(records)
         except _AT_FAULT as error:
             if len(records) > 1:
                 middle = len(records) // 2

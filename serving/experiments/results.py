@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...adapters.digest import short
 from .definition import Experiment
 from .judging import Judged, judged
 from .paired import paired, sections
@@ -20,12 +21,14 @@ from .statistics.power import (
 )
 from .statistics.units import Sums
 from .statistics.verdict import Arm, Verdict
-from .store import Store
+from .store import Reading, Store
 
 PLANNED_CHANGE = 0.05
 """Relative to the control's mean: how long it takes to find so much is told."""
 
 _DAY_S = 86_400
+_TOLD = 4
+"""Of what a variant was answered from, at most."""
 
 
 def results(
@@ -37,7 +40,9 @@ def results(
     Raises:
         ApiError: there is no such experiment, or the database does not answer.
     """
-    found = judged(store, name, version_from=version_from)
+    with store.reading() as reading:
+        found = judged(reading, name, version_from=version_from)
+        series = _series(reading, found, points) if points else None
     stored, document = found.stored, found.stored.document
     verdicts = [found.deciding, *([found.watching] if found.watching else [])]
     return {
@@ -62,7 +67,7 @@ def results(
         ],
         "shadow": sections(paired(store, name, found.span), document.alpha),
         "warnings": list(_warnings(found)),
-        **({"series": _series(store, found, points)} if points else {}),
+        **({} if series is None else {"series": series}),
     }
 
 
@@ -155,14 +160,15 @@ def _power(found: Judged, metric: str, variant: str) -> dict[str, Any] | None:
     }
 
 
-def _series(store: Store, found: Judged, points: int) -> list[dict[str, Any]]:
+def _series(reading: Reading, found: Judged, points: int) -> list[dict[str, Any]]:
     """The effects on the metrics that decide, up to each of so many moments."""
     document = found.stored.document
-    told: dict[float, dict[str, Any]] = {}
-    for metric in found.deciding.arms:
-        for at, sums in store.series(found.stored.name, metric, points=points, span=found.span):
-            told.setdefault(at, {})[metric] = _effects(document, metric, sums)
-    return [{"at": at, "metrics": metrics} for at, metrics in sorted(told.items())]
+    metrics = list(found.deciding.arms)
+    told = reading.series(found.stored.name, metrics, points=points, span=found.span)
+    return [
+        {"at": at, "metrics": {name: _effects(document, name, sums[name]) for name in metrics}}
+        for at, sums in dict(told).items()
+    ]
 
 
 def _effects(
@@ -196,6 +202,7 @@ def _warnings(found: Judged) -> Iterator[str]:
             f"{found.units.crossed:,} units were seen in several variants, and count in none: the "
             "weights changed meanwhile, or a unit is not the same in all its requests"
         )
+    yield from _changed_answerers(found)
     if stored.document.bandit:
         yield "a bandit moves the weights: intervals are for the winner's choice, not for reports"
     elif found.span.version_from not in (None, stored.first_version):
@@ -208,6 +215,20 @@ def _warnings(found: Judged) -> Iterator[str]:
             f"the split of units is checked since version {found.ratio_since} only, when the "
             "weights last changed: nothing says that it was right before"
         )
+
+
+def _changed_answerers(found: Judged) -> Iterator[str]:
+    """Variants that were not the same thing all the time."""
+    by_variant: dict[str, list[str]] = {}
+    for each in found.answered_from:
+        by_variant.setdefault(each.variant, []).append(f"{each.target} ({short(each.bank)})")
+    for variant, told in by_variant.items():
+        if len(told) > 1:
+            yield (
+                f"{variant} was answered from {len(told)} things, which its numbers mix: "
+                f"{', '.join(told[:_TOLD])}{', ...' if len(told) > _TOLD else ''}; a promotion or "
+                "rollback changed `auto`, or its bank's modules changed, or servers differ"
+            )
 
 
 def _interval(found: Interval | None, *, scale: float = 1) -> dict[str, float] | None:

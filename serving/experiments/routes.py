@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -45,24 +44,28 @@ def add_experiment_routes(app: FastAPI, service: Service) -> None:
 def _add_reading(app: FastAPI, service: Service) -> None:
     @app.get("/v1/experiments")
     async def listed() -> dict[str, Any]:
-        stored = await asyncio.to_thread(live_of(service).store.list)
+        live = live_of(service)
+        stored = await live.ask(live.store.list)
         return {"object": "list", "data": [document_of(each) for each in stored]}
 
     @app.get(_PATH)
     async def shown(name: str) -> Response:
-        return _answer(await asyncio.to_thread(live_of(service).store.get, name))
+        live = live_of(service)
+        return _answer(await live.ask(lambda: live.store.get(name)))
 
     @app.get(_PATH + "/versions")
     async def versions(name: str) -> dict[str, Any]:
-        stored = await asyncio.to_thread(live_of(service).store.history, name)
+        live = live_of(service)
+        stored = await live.ask(lambda: live.store.history(name))
         return {"object": "list", "data": [document_of(each) for each in stored]}
 
     @app.get(_PATH + "/results")
     async def judged(name: str, request: Request) -> dict[str, Any]:
         points = _number(request, "points", most=MAX_POINTS)
         since = _number(request, "version_from", most=MAX_VERSION)
-        return await asyncio.to_thread(
-            results, live_of(service).store, name, points=points, version_from=since or None
+        live = live_of(service)
+        return await live.ask(
+            lambda: results(live.store, name, points=points, version_from=since or None)
         )
 
 
@@ -128,7 +131,7 @@ def _add_changing(app: FastAPI, service: Service) -> None:
             with live.changing() as experiments:
                 lifecycle.delete(experiments, name, author)
 
-        await asyncio.to_thread(change)
+        await live.ask(change)
         return Response(status_code=204)
 
 
@@ -151,14 +154,14 @@ def document_of(stored: StoredExperiment) -> dict[str, Any]:
 
 
 async def _changed(service: Service, change: _Change, *, status: int = 200) -> Response:
-    """Make a change, off the event loop: it waits for the database."""
+    """Make a change; it waits for the database."""
     live = live_of(service)
 
     def make() -> StoredExperiment:
         with live.changing() as experiments:
             return change(experiments)
 
-    return _answer(await asyncio.to_thread(make), status=status)
+    return _answer(await live.ask(make), status=status)
 
 
 def _answer(stored: StoredExperiment, *, status: int = 200) -> Response:
@@ -190,11 +193,11 @@ async def _read(request: Request, kind: type[_Kind]) -> _Kind:
 
 
 def _author(request: Request, body: ChangeRequest | None = None) -> Author:
-    etag = request.headers.get("if-match")
+    etags = request.headers.getlist("if-match")
     return Author(
         request.state.caller.name,
         body.reason if body else "",
-        None if etag is None else etag.removeprefix("W/"),
+        ",".join(etags) if etags else None,
     )
 
 

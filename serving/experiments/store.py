@@ -10,11 +10,36 @@ from sqlalchemy import select, text
 from . import record_store, sums, tables
 from .database import Database
 from .experiment_store import DefaultTarget, Experiments, StoredExperiment
-from .records import Exposure, Feedback, Record, ShadowPair, StoredRequest
+from .record_store import AnsweredFrom
+from .records import Exposure, Feedback, Record, StoredRequest
 from .statistics.units import Sums
 from .sums import ALL, Span, UnitCounts
 
 _LOCK = 0x6D657868  # of PostgreSQL: one change of experiments at a time
+
+
+class Reading(Experiments):
+    """Experiments, and what is counted of them, all as of one moment."""
+
+    def sums(self, experiment: str, metric: str, span: Span = ALL) -> dict[str, Sums]:
+        """As `Store.sums`."""
+        return sums.sums(self._connection, experiment, metric, span)
+
+    def unit_counts(self, experiment: str, span: Span = ALL) -> UnitCounts:
+        """As `Store.unit_counts`."""
+        return sums.unit_counts(self._connection, experiment, span)
+
+    def series(
+        self, experiment: str, metrics: Sequence[str], *, points: int, span: Span = ALL
+    ) -> Sequence[tuple[float, dict[str, dict[str, Sums]]]]:
+        """Sums by metric and variant up to each of so many moments, evenly from the first exposure
+        to the last.
+        """
+        return sums.series(self._connection, experiment, metrics, points=points, span=span)
+
+    def answered_from(self, experiment: str, span: Span = ALL) -> Sequence[AnsweredFrom]:
+        """What answered the variants of an experiment, each once."""
+        return record_store.answered_from(self._connection, experiment, span)
 
 
 class Store:
@@ -36,10 +61,10 @@ class Store:
             yield Experiments(connection)
 
     @contextmanager
-    def reading(self) -> Iterator[Experiments]:
-        """Experiments, to read, all as of one moment."""
+    def reading(self) -> Iterator[Reading]:
+        """Experiments, to read."""
         with self.database.reading() as connection:
-            yield Experiments(connection)
+            yield Reading(connection)
 
     def secret(self) -> str:
         """What units are hashed with: drawn once per database, the same for all its servers."""
@@ -62,19 +87,25 @@ class Store:
         with self.reading() as experiments:
             return experiments.history(name)
 
+    def settled(self, name: str) -> tuple[StoredExperiment, StoredExperiment]:
+        """As `Experiments.settled`."""
+        with self.reading() as experiments:
+            return experiments.settled(name)
+
     def default_target(self) -> DefaultTarget | None:
         """As `Experiments.default_target`."""
         with self.reading() as experiments:
             return experiments.default_target()
 
-    def insert(self, records: Sequence[Record]) -> None:
-        """Keep records, all or none; those that are there already are left as they are.
+    def insert(self, records: Sequence[Record]) -> int:
+        """Keep records, all or none; those that are there already are left as they are. How many
+        exposures were of other requests than those that have their ids.
 
         Raises:
             DataError, IntegrityError: of SQLAlchemy: a record is at fault, not the database.
         """
         with self.database.writing() as connection:
-            record_store.insert_records(connection, records)
+            return record_store.insert_records(connection, records)
 
     def find_exposure(self, request_id: str) -> Exposure | None:
         """Of a request."""
@@ -95,28 +126,16 @@ class Store:
                 connection, request_id, metric, caller, idempotency_key
             )
 
-    def shadow_pairs(self, experiment: str, span: Span = ALL) -> Sequence[ShadowPair]:
-        """Of an experiment, in the order of their insertion."""
-        with self.database.reading() as connection:
-            return record_store.read_shadow_pairs(connection, experiment, span)
-
     def sums(self, experiment: str, metric: str, span: Span = ALL) -> dict[str, Sums]:
         """By variant, over units of assignment: of a built-in metric, else of feedback. Left out:
         forced exposures, and units that were seen in several variants. z is the mean of the unit's
         values before the experiment's first exposure, in whatever experiment it was then; of a unit
         without any, the mean of the others.
         """
-        with self.database.reading() as connection:
-            return sums.sums(connection, experiment, metric, span)
+        with self.reading() as reading:
+            return reading.sums(experiment, metric, span)
 
     def unit_counts(self, experiment: str, span: Span = ALL) -> UnitCounts:
         """Units that were exposed; what a sample-ratio test reads."""
-        with self.database.reading() as connection:
-            return sums.unit_counts(connection, experiment, span)
-
-    def series(
-        self, experiment: str, metric: str, *, points: int, span: Span = ALL
-    ) -> Sequence[tuple[float, dict[str, Sums]]]:
-        """Sums up to each of so many moments, evenly from the first exposure to the last."""
-        with self.database.reading() as connection:
-            return sums.series(connection, experiment, metric, points=points, span=span)
+        with self.reading() as reading:
+            return reading.unit_counts(experiment, span)

@@ -22,17 +22,15 @@ from sqlalchemy import (
 
 from .metric_values import values_of
 from .statistics.units import Sums
-from .tables import experiments, exposures, versions
+from .tables import experiments, exposures, feedback, versions
 
 
 @dataclass(frozen=True)
 class Span:
-    """Which exposures count. since, until: seconds since 1970, until not included. version_from:
-    those given by this version of the experiment or a later one.
+    """Which exposures count. version_from: those given by this version of the experiment or a
+    later one; None: all since its creation.
     """
 
-    since: float | None = None
-    until: float | None = None
     version_from: int | None = None
 
 
@@ -64,17 +62,20 @@ def unit_counts(connection: Connection, experiment: str, span: Span) -> UnitCoun
 
 
 def series(
-    connection: Connection, experiment: str, metric: str, *, points: int, span: Span
-) -> list[tuple[float, dict[str, Sums]]]:
-    """Sums up to each of so many moments."""
+    connection: Connection, experiment: str, metrics: Sequence[str], *, points: int, span: Span
+) -> list[tuple[float, dict[str, dict[str, Sums]]]]:
+    """Sums up to each of so many moments, by metric and variant."""
     ends = (func.min(exposures.c.at), func.max(exposures.c.at))
     asked = select(*ends).where(*counted(connection, experiment, span))
     first, last = connection.execute(asked).one()
     if first is None:
         return []
     moments = [first + (last - first) * (point + 1) / points for point in range(points - 1)]
-    told = _up_to(connection, experiment, metric, span, moments)
-    return list(zip([*moments, last], told, strict=True))
+    told = {metric: _up_to(connection, experiment, metric, span, moments) for metric in metrics}
+    return [
+        (at, {metric: each[number] for metric, each in told.items()})
+        for number, at in enumerate([*moments, last])
+    ]
 
 
 def counted(connection: Connection, experiment: str, span: Span) -> list[ColumnElement[bool]]:
@@ -82,16 +83,11 @@ def counted(connection: Connection, experiment: str, span: Span) -> list[ColumnE
     name before.
     """
     version = max(span.version_from or 0, _first_version(connection, experiment))
-    found = [
+    return [
         exposures.c.experiment == experiment,
         ~exposures.c.is_forced,
         exposures.c.version >= version,
     ]
-    if span.since is not None:
-        found.append(exposures.c.at >= span.since)
-    if span.until is not None:
-        found.append(exposures.c.at < span.until)
-    return found
 
 
 def _first_version(connection: Connection, experiment: str) -> int:
@@ -106,11 +102,12 @@ def _first_version(connection: Connection, experiment: str) -> int:
     return connection.execute(asked).scalar() or 0
 
 
-def _began(connection: Connection, experiment: str) -> int:
-    """The place of its first exposure in the order of insertion."""
-    first = counted(connection, experiment, ALL)
-    asked = select(func.min(exposures.c.sequence)).where(*first)
-    return connection.execute(asked).scalar() or 0
+def _began(connection: Connection, experiment: str) -> tuple[int, float]:
+    """Its first exposure: the place in the order of insertion, and when."""
+    first = (func.min(exposures.c.sequence), func.min(exposures.c.at))
+    asked = select(*first).where(*counted(connection, experiment, ALL))
+    sequence, at = connection.execute(asked).one()
+    return sequence or 0, at or 0.0
 
 
 _VARIANTS = (
@@ -162,7 +159,10 @@ def _filled(rows: dict[str, NDArray[np.float64]]) -> dict[str, Sums]:
 
 
 def _totals(
-    counts: Sequence[ColumnElement[bool]], metric: str, began: int, moments: Sequence[float]
+    counts: Sequence[ColumnElement[bool]],
+    metric: str,
+    began: tuple[int, float],
+    moments: Sequence[float],
 ) -> FromClause:
     """What each unit adds up to: variant, y, x, z from its slot on until another one (NULL: until
     the end), while it was seen in one variant and has a value. z: NULL where there is no past.
@@ -217,16 +217,21 @@ def _by_slot(
     )
 
 
-def _before(own: FromClause, metric: str, began: int) -> FromClause:
+def _before(own: FromClause, metric: str, began: tuple[int, float]) -> FromClause:
     """The mean of each unit's values before the experiment began, in the order of insertion: clocks
-    of several servers need not agree.
+    of several servers need not agree. Feedback goes by the clock, too: what is said of an earlier
+    request once the experiment runs may be what the variant made of the user.
     """
+    sequence, at = began
     values, value, belongs = values_of(metric)
+    is_past = [exposures.c.sequence < sequence, value.is_not(None)]
+    if values is feedback:
+        is_past.append(feedback.c.at < at)
     return (
         select(exposures.c.unit, func.avg(value).label("mean"))
         .join_from(exposures, values, belongs)
         .where(exposures.c.unit.in_(select(own.c.unit)), ~exposures.c.is_forced)
-        .where(exposures.c.sequence < began, value.is_not(None))
+        .where(*is_past)
         .group_by(exposures.c.unit)
         .cte("before")
     )

@@ -18,7 +18,7 @@ after it, would find a record in neither.
 class Undrained:
     """Exposures and feedback in memory, until some seconds after they were stored."""
 
-    def __init__(self, records: Iterable[Record], *, kept_s: float = KEPT_S) -> None:
+    def __init__(self, records: Iterable[Record] = (), *, kept_s: float = KEPT_S) -> None:
         self._kept_s = kept_s
         self._exposures: dict[str, Exposure] = {}
         self._said: dict[tuple[str, str], Feedback] = {}

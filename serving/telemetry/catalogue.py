@@ -208,6 +208,12 @@ EXPERIMENTS = {
     "backlog_bytes": Spec("records_backlog_bytes", "gauge", "Size of these on disk", ()),
     "dropped": Spec("records_dropped", "counter", "Records there was no room for on disk", ()),
     "refused": Spec("records_refused", "counter", "Records that the database does not take", ()),
+    "repeated": Spec(
+        "repeated_requests",
+        "counter",
+        "Requests under the id of an earlier one, which alone counts in its experiment",
+        (),
+    ),
 }
 """By key of LiveExperiments.status, where there can be experiments."""
 

@@ -52,17 +52,6 @@ def deviation_of(sums: Sums, kind: Kind) -> float | None:
     return math.sqrt(mean.variance * sums.n) if mean else None
 
 
-def binary_deviation(
-    rate: float, *, observations_per_unit: float = 1.0, correlation: float = 0.0
-) -> float:
-    """The same for a rate, without data: units of equal size, correlated within by `correlation`.
-
-    Source: Kish 1965, Survey Sampling (design effect 1 + (m - 1) correlation).
-    """
-    design_effect = 1 + (observations_per_unit - 1) * correlation
-    return math.sqrt(rate * (1 - rate) * design_effect / observations_per_unit)
-
-
 def power_at(design: Design, units: float, effect: float) -> float:
     """The chance to find `effect` (absolute, either sign) with `units` units in both variants."""
     if design.deviation == 0:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from scipy.special import chdtrc
 
 ALARM = 0.001
-FEWEST_EXPECTED = 5.0  # units in every variant: the chi-square approximation needs them
+FEWEST_EXPECTED = 5.0  # units in every cell: the chi-square approximation needs them
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class SampleRatio:
 def sample_ratio(counts: Mapping[str, int], weights: Mapping[str, float]) -> SampleRatio:
     """Pearson's chi-square test of the units (never requests) against the weights.
 
-    weights: any scale. A variant without units may be missing in `counts`.
+    weights: any scale. A variant without units may be missing in `counts`. Variants of which fewer
+    than 5 units are expected are one cell with the next smallest, so that they hide no other's.
 
     Raises:
         ValueError: a count or weight is negative, or a count's variant has no weight.
@@ -36,12 +38,23 @@ def sample_ratio(counts: Mapping[str, int], weights: Mapping[str, float]) -> Sam
     if any(counts.get(name, 0) for name, weight in weights.items() if weight == 0):
         return SampleRatio(0.0, None, is_mismatch=True)
     units, total = sum(counts.values()), sum(weights.values())
-    expected = {name: units * (w / total) for name, w in weights.items() if w > 0}
-    if len(expected) < 2 or min(expected.values()) < FEWEST_EXPECTED:
+    cells = _pooled([(units * (w / total), counts.get(n, 0)) for n, w in weights.items() if w > 0])
+    if len(cells) < 2:
         return SampleRatio(None, None, is_mismatch=False)
-    statistic = sum((counts.get(name, 0) - many) ** 2 / many for name, many in expected.items())
-    p_value = float(chdtrc(len(expected) - 1, statistic))
+    statistic = sum((count - expected) ** 2 / expected for expected, count in cells)
+    p_value = float(chdtrc(len(cells) - 1, statistic))
     return SampleRatio(p_value, statistic, is_mismatch=p_value < ALARM)
+
+
+def _pooled(cells: Sequence[tuple[float, int]]) -> Sequence[tuple[float, int]]:
+    """Expected and counted units, the two smallest cells together until enough are expected in
+    each. By what is expected alone: counts that chose would raise alarms.
+    """
+    cells = sorted(cells, key=itemgetter(0))
+    while len(cells) > 1 and cells[0][0] < FEWEST_EXPECTED:
+        (one, count), (other, others), *rest = cells
+        cells = sorted([(one + other, count + others), *rest], key=itemgetter(0))
+    return cells
 
 
 def _check(counts: Mapping[str, int], weights: Mapping[str, float]) -> None:

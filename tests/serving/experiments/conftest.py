@@ -17,6 +17,7 @@ from mergeroute.serving.experiments.store import Store
 
 from ..conftest import write_routed_bank
 from .postgres import Cluster, binaries
+from .shapes import experiment
 
 GIVEN = "MERGEROUTE_TEST_POSTGRES"
 
@@ -80,6 +81,14 @@ def database(database_url: str) -> Iterator[Database]:
 def store(database: Database) -> Store:
     """On an empty database, of each kind."""
     return Store(database)
+
+
+@pytest.fixture
+def ties(store: Store) -> Store:
+    """A store with the experiment that the records are of."""
+    with store.changing() as experiments:
+        experiments.create(experiment(), who="ann")
+    return store
 
 
 @pytest.fixture(scope="session")

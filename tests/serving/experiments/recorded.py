@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
+
+from sqlalchemy import select
 
 from mergeroute.serving.experiments.records import (
     Exposure,
@@ -13,6 +16,9 @@ from mergeroute.serving.experiments.records import (
     ShadowPair,
     StoredRequest,
 )
+from mergeroute.serving.experiments.store import Store
+from mergeroute.serving.experiments.sums import ALL, counted
+from mergeroute.serving.experiments.tables import exposures, shadow_pairs
 
 
 def exposure(request_id: str, **given: Any) -> Exposure:
@@ -86,3 +92,15 @@ def one_of_each(request_id: str) -> Sequence[Record]:
     """All kinds of records of a request."""
     made = (exposure, outcome, feedback, shadow_pair, stored_request)
     return [make(request_id) for make in made]
+
+
+def shadow_pairs_of(store: Store, experiment: str) -> list[ShadowPair]:
+    """Those that count, in the order of their insertion."""
+    columns = [shadow_pairs.c[each.name] for each in fields(ShadowPair)]
+    with store.database.reading() as connection:
+        given = select(exposures.c.request_id).where(*counted(connection, experiment, ALL))
+        asked = select(*columns).where(
+            shadow_pairs.c.experiment == experiment, shadow_pairs.c.request_id.in_(given)
+        )
+        rows = connection.execute(asked.order_by(shadow_pairs.c.sequence))
+        return [ShadowPair(*row) for row in rows]

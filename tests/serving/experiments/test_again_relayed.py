@@ -22,6 +22,7 @@ from ...runtime.vllm.fake import Fake, upstream
 from ...runtime.vllm.fleet import QUICK
 from ..conftest import running
 from .lab import Lab, eventually
+from .recorded import shadow_pairs_of
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_the_same_body_and_seed_are_passed_on_again(served: Lab, fake: Fake) -> 
     served.begin(variants=variants, shadow=shadow, store_requests=True)
     answer = served.chat("trial", "u1", max_tokens=4, temperature=1, stream=True, top_p=0.9)
     assert answer.status_code == 200, answer.text
-    assert eventually(lambda: served.live.store.shadow_pairs("trial"))
+    assert eventually(lambda: shadow_pairs_of(served.live.store, "trial"))
     own, shadowed = (body for body in fake.seen if "messages" in body)
     assert own["seed"] == shadowed["seed"]
     assert own["model"] != shadowed["model"]

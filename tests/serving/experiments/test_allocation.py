@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.assignment import moved
 from mergeroute.serving.errors import ApiError
 from mergeroute.serving.experiments.allocation import (
     Allocation,
     allocate,
-    moved,
     ramped,
     shares,
     whole_buckets,

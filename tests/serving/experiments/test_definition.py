@@ -30,6 +30,14 @@ def halves(**of_second: Any) -> list[dict[str, Any]]:
     return [HALVES[0], {**HALVES[1], **of_second}]
 
 
+def shared_out(*weights: float) -> list[dict[str, Any]]:
+    """Variants v0, v1 and so on; the first is the control."""
+    return [
+        {"name": f"v{n}", "target": "zoo", "weight": weight, "control": n == 0}
+        for n, weight in enumerate(weights)
+    ]
+
+
 def test_what_the_interface_shows_is_taken() -> None:
     found = experiment(
         salt=None,
@@ -82,6 +90,18 @@ def test_what_the_interface_shows_is_taken() -> None:
         ({"guardrails": [{"metric": "error", "max_increase": 1}] * 2}, "guardrail on 'error' is"),
         ({"bandit": {"metric": "score"}}, "no metric 'score'"),
         ({"bandit": {"metric": "error", "floor": 0.6}}, "bandit.floor 0.6 of 2 variants is more"),
+        ({"bandit": {"metric": "error", "floor": 0.50001}}, "more than there is: at most 0.5"),
+        (
+            {
+                "bandit": {"metric": "error", "floor": 0.33333},
+                "variants": shared_out(0.3333, 0.3333, 0.3334),
+            },
+            "bandit.floor 0.33333 of 3 variants is more than there is: at most 0.3333",
+        ),
+        (
+            {"bandit": {"metric": "error"}, "variants": shared_out(0.9601, 0.0399)},
+            "the weight of 'v1' is 0.0399, below bandit.floor 0.05: raise it, or lower the floor",
+        ),
         ({"shadow": {"variant": "other", "share": 0.1}}, "shadow.variant 'other' is no variant"),
         ({"shadow": {"variant": "routed", "share": 0}}, "greater than 0"),
         ({"audience": {"header": {}}}, "Extra inputs"),
@@ -96,10 +116,28 @@ def test_what_cannot_be_run_is_refused(changed: dict[str, Any], message: str) ->
 
 
 def test_twenty_variants_and_thirds() -> None:
-    twenty = [{**HALVES[1], "name": f"v{n}", "weight": 0.05} for n in range(20)]
-    assert len(experiment(variants=[{**twenty[0], "control": True}, *twenty[1:]]).variants) == 20
-    thirds = [{**HALVES[1], "name": n, "weight": w} for n, w in (("b", 0.3333), ("c", 0.3334))]
-    assert experiment(variants=[{**HALVES[0], "weight": 0.3333}, *thirds]).weights["c"] == 0.3334
+    bandit = {"metric": "error", "floor": 0.05}
+    assert len(experiment(variants=shared_out(*[0.05] * 20), bandit=bandit).variants) == 20
+    bandit = {"metric": "error", "floor": 0.3333}
+    thirds = experiment(variants=shared_out(0.3333, 0.3333, 0.3334), bandit=bandit)
+    assert thirds.weights["v2"] == 0.3334
+
+
+def test_what_requests_read_is_made_once() -> None:
+    asked, other = experiment(), experiment()
+    for name in ("weights", "by_name", "control", "measured"):
+        assert getattr(asked, name) is getattr(asked, name)
+    assert asked == other
+    assert asked.model_dump() == other.model_dump()
+    changed = asked.with_weights({"control": 0.25, "routed": 0.75})
+    assert (changed.weights["routed"], changed.control.weight) == (0.75, 0.25)
+
+
+def test_a_bandit_keeps_its_floor_when_weights_change() -> None:
+    before = experiment(bandit={"metric": "error", "floor": 0.1})
+    with pytest.raises(ApiError, match=r"of 'routed' is 0\.0999, below bandit\.floor 0\.1: raise"):
+        before.with_weights({"control": 0.9001, "routed": 0.0999})
+    assert before.with_weights({"control": 0.9, "routed": 0.1}).weights["routed"] == 0.1
 
 
 def test_a_salt_is_made_once_and_stored() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,24 @@ def test_a_locked_database_costs_nothing(bank: Bank, farm: Bank, tmp_path: Path)
         assert eventually(lambda: units(served) == 10, seconds=20)
         assert eventually(lambda: served.live.store.sums("trial", "score"))
         assert eventually(lambda: served.call("GET", "/health").json() == {"status": "ok"})
+
+
+def test_changes_that_wait_for_the_database_hold_up_no_request(
+    bank: Bank, farm: Bank, tmp_path: Path
+) -> None:
+    with lab([bank, farm], tmp_path / "state") as served, ThreadPoolExecutor(40) as clients:
+        served.begin()
+        served.chat("trial", "warm")
+        other = sqlite3.connect(tmp_path / "state" / "experiments.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        path = "/v1/experiments/trial/pause"
+        waiting = [clients.submit(served.call, "POST", path) for _ in range(40)]
+        time.sleep(0.5)  # each takes two seconds; there are at most 32 threads that route requests
+        assert served.chat("trial", "u").status_code == 200
+        assert sum(each.done() for each in waiting) <= 4
+        other.execute("ROLLBACK")
+        other.close()
+        assert [each.result().status_code for each in waiting].count(200) == 1
 
 
 def test_without_its_database_a_server_goes_on_as_it_last_knew(

@@ -171,6 +171,21 @@ def test_a_folder_that_is_taken_away_is_drained_still(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_file_that_cannot_be_followed_by_another_is_drained(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    for _ in range(4):
+        journal.append(stored_request("a", body="x" * 1_100_000))
+    (tmp_path / "journal").rename(tmp_path / "elsewhere")
+    assert len(drain(journal)) == 4
+    assert (journal.backlog, journal.backlog_bytes) == (0, 0)
+    with pytest.raises(JournalFullError, match="make room"):
+        journal.append(exposure("a"))
+    (tmp_path / "elsewhere").rename(tmp_path / "journal")
+    journal.append(exposure("b"))
+    assert drain(journal) == [exposure("b")]
+    journal.close()
+
+
 def test_a_full_disk_takes_no_part_of_a_record(tmp_path: Path) -> None:
     line = to_line(exposure("a"))
     child = _child(f"limit({2 * len(line) + 10})", "append('a')", "append('b')", "append('c')")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import httpx
 import pytest
 
 from mergeroute.adapters.bank import Bank
+from mergeroute.serving.access.guard import Policy
+from mergeroute.serving.access.key_file import KeyRing
 
-from .lab import Lab, experiment, lab
+from ..access.conftest import make_key
+from .lab import Lab, eventually, experiment, lab
 
 NAME = "/v1/experiments/trial"
 
@@ -93,6 +97,10 @@ def test_weights_change_by_etag(served: Lab) -> None:
     assert less.json()["layer_buckets"] == [[0, 2500]]
     stale = served.call("POST", NAME + "/pause", None, etag)
     assert code(stale) == (412, "stale")
+    several = {"If-Match": f'"0", W/{less.headers["etag"]}'}
+    assert served.call("POST", NAME + "/pause", None, several).status_code == 200
+    lines = [("If-Match", '"0"'), ("If-Match", "*")]
+    assert served.http.post(NAME + "/start", headers=lines).status_code == 200
 
 
 def test_bad_experiments_are_refused(served: Lab) -> None:
@@ -181,6 +189,80 @@ def test_auto_as_a_variant_is_what_was_promoted(served: Lab, bank: Bank, farm: B
     assert answers(served) == farm.digest
 
 
+def test_an_auto_variant_answers_when_what_was_promoted_is_gone(
+    bank: Bank, farm: Bank, tmp_path: Path
+) -> None:
+    token = make_key(tmp_path / "keys.yaml", "app", targets=["next"])
+    ops = make_key(tmp_path / "keys.yaml", "ops", scopes=["inference", "admin"])
+    policy = Policy(KeyRing(tmp_path / "keys.yaml"), is_exposed=True)
+    with lab([bank, farm], tmp_path / "state") as first:
+        first.begin()
+        first.change("trial", "promote", variant="new")
+    with lab([bank], tmp_path / "state", policy=policy) as degraded:
+        degraded.http.headers["authorization"] = f"Bearer {ops}"
+        degraded.begin(name="next", variants=_between("auto", "zoo"))
+        degraded.http.headers["authorization"] = f"Bearer {token}"
+        for user in "abcdefgh":
+            answer = degraded.chat("next", user)
+            assert answer.status_code == 200
+            assert answer.headers["x-mergeroute-bank"] == bank.digest
+            is_old = answer.headers["x-mergeroute-variant"] == "old"
+            assert ("x-mergeroute-warnings" in answer.headers) is is_old
+
+
+def test_results_say_that_a_variant_changed_under_way(served: Lab) -> None:
+    served.begin()
+    served.begin(name="next", layer="other", variants=_between("auto", "zoo"))
+    for user in "abcdefgh":
+        served.chat("next", user)
+    served.change("trial", "promote", variant="new")
+    for user in "abcdefgh":
+        served.chat("next", user)
+    assert eventually(lambda: served.live.status()["backlog"] == 0)
+    document = served.call("GET", "/v1/experiments/next/results").json()
+    [warning] = document["warnings"]
+    assert warning.startswith("old was answered from 2 things")
+    assert "auto (" in warning
+    assert "farm (" in warning
+
+
+def test_an_experiment_that_has_a_banks_name_is_told_of(
+    bank: Bank, farm: Bank, tmp_path: Path
+) -> None:
+    with lab([bank], tmp_path / "state") as first:
+        first.begin(name="farm", variants=_between("zoo", "zoo:upper"))
+    with lab([bank, farm], tmp_path / "state") as again:
+        [warning] = again.call("GET", "/health").json()["warnings"]
+        assert "the experiment 'farm' answers for the bank" in warning
+        listed = [entry["id"] for entry in again.call("GET", "/v1/models").json()["data"]]
+        assert listed.count("farm") == 1
+        assert again.chat("farm", "u").headers["x-mergeroute-experiment"] == "farm"
+
+
+def test_a_whole_life_on_each_database(
+    bank: Bank, farm: Bank, database_url: str, tmp_path: Path
+) -> None:
+    with lab([bank, farm], tmp_path / "state", database=database_url) as served:
+        served.begin(attach_to="auto")
+        etag = served.call("GET", NAME).headers["etag"]
+        body = {"weights": {"old": 0.25, "new": 0.75}}
+        assert served.call("PATCH", NAME, body, {"If-Match": etag}).status_code == 200
+        given = [served.chat("auto", user) for user in "abcdefgh"]
+        assert {served.feedback(answer, 1).status_code for answer in given} == {200}
+        assert eventually(lambda: served.live.status()["backlog"] == 0)
+        document = served.call("GET", NAME + "/results?points=3").json()
+        units = Counter(answer.headers["x-mergeroute-variant"] for answer in given)
+        assert Counter(document["sample_ratio"]["units"]) == units
+        score = document["metrics"][0]
+        assert (score["name"], score["control_stats"]["sample_size"]) == ("score", units["old"])
+        assert len(document["series"]) == 3
+        served.change("trial", "promote", variant="new")
+        assert answers(served) == farm.digest
+        served.change("trial", "rollback")
+        assert answers(served) == bank.digest
+        assert len(served.call("GET", NAME + "/versions").json()["data"]) == 5
+
+
 def _between(control: str, other: str) -> list[dict[str, Any]]:
     return [
         {"name": "old", "target": control, "weight": 0.5, "control": True},
@@ -210,9 +292,8 @@ def test_a_promotion_survives_a_restart_and_its_target_may_be_gone(
     with lab([bank], folder) as degraded:
         answer = degraded.chat("auto")
         assert answer.headers["x-mergeroute-bank"] == bank.digest
-        assert "'farm'" in answer.headers["x-mergeroute-warnings"] or (
-            "farm" in answer.headers["x-mergeroute-warnings"]
-        )
+        told = "the promoted target farm is gone: default answers"
+        assert answer.headers["x-mergeroute-warnings"] == told
         [warning] = degraded.call("GET", "/health").json()["warnings"]
         assert "farm" in warning
         assert degraded.change("trial", "rollback")["promoted"] is None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mergeroute.adapters.bank import Bank
 from mergeroute.serving.experiments.answers import ExperimentResults
-from mergeroute.serving.experiments.monitor import Monitor
+from mergeroute.serving.experiments.monitor import PATIENCE_S, Monitor
 from mergeroute.serving.experiments.records import Exposure, Feedback, Outcome, Record
 from mergeroute.serving.service import ServiceOptions
 
@@ -113,20 +114,53 @@ def test_a_bandit_moves_weights_and_nobody_elses(served: Lab) -> None:
     assert moved["buckets"] == [["old", 0, 1000], ["new", 1000, 10000]]
 
 
-def test_an_experiment_whose_target_goes_is_paused(served: Lab) -> None:
+def broken(served: Lab, name: str) -> None:
+    """An experiment whose users all get a module."""
     body = {"lora_name": "sql", "lora_path": "sql"}
     assert served.call("POST", "/v1/load_lora_adapter", body).status_code == 200
     variants = [
         {"name": "old", "target": "zoo", "weight": 0.0, "control": True},
         {"name": "new", "target": "sql", "weight": 1.0},
     ]
-    served.begin(name="broken", layer="broken", variants=variants)
-    assert served.chat("broken", "x").headers["x-mergeroute-target"] == "sql"
-    served.call("POST", "/v1/unload_lora_adapter", {"lora_name": "sql"})
-    answer = served.chat("broken", "y")
-    if answer.status_code != 200:  # before anybody looked
+    served.begin(name=name, layer=name, variants=variants)
+    assert served.chat(name, "x").headers["x-mergeroute-target"] == "sql"
+
+
+def unload(served: Lab) -> None:
+    body = {"lora_name": "sql"}
+    assert served.call("POST", "/v1/unload_lora_adapter", body).status_code == 200
+
+
+def test_whom_a_variant_cannot_answer_gets_503_and_is_counted(
+    bank: Bank, farm: Bank, tmp_path: Path
+) -> None:
+    make_module(make_model(), "sql", seed=9).save(tmp_path / "sql")
+    options = ServiceOptions(module_roots=(tmp_path,))
+    with lab([bank, farm], tmp_path / "state", options=options) as served:
+        broken(served, "broken")
+        served.live._closing.set()  # the monitor would pause it
+        unload(served)
+        answer = served.chat("broken", "y")
+        assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "variant_unavailable"
-    paused = eventually(lambda: shown(served, "broken")["state"] == "paused")
+        errors = eventually(lambda: errors_of_two(served))
+        assert errors == {"new": (2, 1)}
+        [warning] = served.call("GET", "/health").json()["warnings"]
+        assert "'sql', which new answers from, is not on this server" in warning
+
+
+def errors_of_two(served: Lab) -> dict[str, tuple[int, float]] | None:
+    """By variant, once there are two: units and how many of them met an error."""
+    found = served.live.store.sums("broken", "error")
+    told = {variant: (sums.n, sums.y) for variant, sums in found.items()}
+    return told if sum(n for n, _ in told.values()) == 2 else None
+
+
+def test_an_experiment_whose_target_goes_is_paused(served: Lab) -> None:
+    broken(served, "broken")
+    time.sleep(2.5)  # so that the server has seen its target
+    unload(served)
+    paused = eventually(lambda: shown(served, "broken")["state"] == "paused", PATIENCE_S / 2)
     assert paused
     assert "'sql'" in shown(served, "broken")["reason"]
     assert served.chat("broken", "y").headers["x-mergeroute-variant"] == "old"

@@ -19,6 +19,7 @@ from mergeroute.serving.errors import ApiError
 from mergeroute.serving.experiments.scorers import AT_ONCE, ScorerError, Scoring, check_scorer
 
 from .lab import Lab, eventually, experiment, lab
+from .recorded import shadow_pairs_of
 
 PLUGIN = """
 import time
@@ -163,7 +164,7 @@ def test_what_is_no_scorer_is_refused(name: str) -> None:
 
 
 def is_paired(served: Lab, name: str) -> bool:
-    return len(served.live.store.shadow_pairs(name)) == 2
+    return len(shadow_pairs_of(served.live.store, name)) == 2
 
 
 @pytest.mark.usefixtures("installed")

@@ -20,6 +20,7 @@ from mergeroute.serving.experiments.shadow import is_drawn
 
 from ..conftest import torch_engine
 from .lab import Lab, eventually, experiment, lab
+from .recorded import shadow_pairs_of
 
 WEIGHTS = allocate({"old": 0.5, "new": 0.5})
 SHADOW = {"variant": "new", "share": 1}
@@ -49,7 +50,7 @@ def pairs(served: Lab, count: int) -> list[ShadowPair]:
     """All pairs, once there are so many."""
 
     def look() -> list[ShadowPair]:
-        found = list(served.live.store.shadow_pairs("trial"))
+        found = shadow_pairs_of(served.live.store, "trial")
         return found if len(found) >= count else []
 
     return eventually(look)
@@ -180,7 +181,7 @@ def test_a_busy_engine_runs_no_shadow_and_one_that_gets_busy_lets_it_go(served: 
     for user in (began, *users):
         user.join()
     assert eventually(lambda: counts(served) == {"dropped": 3, "started": 1})
-    assert not served.live.store.shadow_pairs("trial")
+    assert not shadow_pairs_of(served.live.store, "trial")
 
 
 def test_a_prompt_that_comes_need_not_wait_for_a_shadows(served: Lab) -> None:
@@ -207,7 +208,7 @@ def test_a_drain_cancels_shadows(served: Lab) -> None:
     asking.join()
     assert eventually(lambda: torch_engine(served.service).stats().running == 0)
     assert eventually(lambda: counts(served) == {"started": 1, "dropped": 1})
-    assert not served.live.store.shadow_pairs("trial")
+    assert not shadow_pairs_of(served.live.store, "trial")
 
 
 def test_a_target_that_is_gone_is_a_failed_shadow(served: Lab) -> None:

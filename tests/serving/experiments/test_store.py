@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from mergeroute.serving.experiments.database import Database
+from mergeroute.serving.experiments.paired import paired
+from mergeroute.serving.experiments.record_store import AnsweredFrom
 from mergeroute.serving.experiments.records import Exposure, Outcome, Record
+from mergeroute.serving.experiments.results import results
 from mergeroute.serving.experiments.statistics.units import Sums
 from mergeroute.serving.experiments.store import Store
-from mergeroute.serving.experiments.sums import Span, UnitCounts
+from mergeroute.serving.experiments.sums import ALL, Span, UnitCounts
 
-from .recorded import exposure, feedback, one_of_each, outcome, shadow_pair, stored_request
+from .recorded import (
+    exposure,
+    feedback,
+    one_of_each,
+    outcome,
+    shadow_pair,
+    shadow_pairs_of,
+    stored_request,
+)
 from .shapes import experiment
-
-
-@pytest.fixture
-def ties(store: Store) -> Store:
-    """A store with the experiment that the records are of."""
-    with store.changing() as experiments:
-        experiments.create(experiment(), who="ann")
-    return store
 
 
 def test_records_are_found_as_they_were_inserted(ties: Store) -> None:
     ties.insert([*one_of_each("a"), *one_of_each("b")])
     assert ties.find_exposure("a") == exposure("a")
     assert ties.find_request("b") == stored_request("b")
-    assert ties.shadow_pairs("ties") == [shadow_pair("a"), shadow_pair("b")]
+    assert shadow_pairs_of(ties, "ties") == [shadow_pair("a"), shadow_pair("b")]
     told = ties.find_feedback("a", "score", caller="app", idempotency_key=None)
     assert told == feedback("a")
     assert ties.find_exposure("c") is None
@@ -128,11 +134,13 @@ def _request(name: str, generator: np.random.Generator, **given: object) -> Iter
         yield feedback(name, 1.0, metric="thumbs")
 
 
-def expected(records: Sequence[Record], metric: str, span: Span) -> dict[str, Sums]:
+def expected(
+    records: Sequence[Record], metric: str, span: Span, until: float = math.inf
+) -> dict[str, Sums]:
     """The slow obvious way."""
     exposures = {each.request_id: each for each in records if isinstance(each, Exposure)}
     values = dict(_values(records, metric))
-    counted = {name: each for name, each in exposures.items() if _counts(each, span)}
+    counted = {name: each for name, each in exposures.items() if _counts(each, span, until)}
     variants, before = defaultdict(set), defaultdict(list)
     totals: dict[str, list[float]] = defaultdict(list)
     for each in counted.values():
@@ -153,11 +161,11 @@ def expected(records: Sequence[Record], metric: str, span: Span) -> dict[str, Su
     return found
 
 
-def _counts(each: Exposure, span: Span) -> bool:
+def _counts(each: Exposure, span: Span, until: float = math.inf) -> bool:
     return (
         each.experiment == "ties"
         and not each.is_forced
-        and (span.since or -math.inf) <= each.at < (span.until or math.inf)
+        and each.at < until
         and each.version >= (span.version_from or 0)
     )
 
@@ -175,13 +183,7 @@ def _values(records: Sequence[Record], metric: str) -> Iterable[tuple[str, float
             yield each.request_id, each.value  # type: ignore[union-attr]
 
 
-SPANS = [
-    Span(),
-    Span(since=1300),
-    Span(until=1400),
-    Span(since=1250, until=1500),
-    Span(version_from=2),
-]
+SPANS = [Span(), Span(version_from=2)]
 
 
 def test_sums_are_those_of_the_units(ties: Store) -> None:
@@ -212,17 +214,66 @@ def test_units_are_counted_once(ties: Store) -> None:
 def test_a_series_ends_with_all(ties: Store) -> None:
     records = many(np.random.default_rng(0))
     ties.insert(records)
-    for metric, points in (("latency_ms", 30), ("score", 5), ("thumbs", 1)):
-        told = ties.series("ties", metric, points=points, span=Span(version_from=2))
+    for metrics, points in ((["latency_ms"], 30), (["score", "latency_ms"], 5), (["thumbs"], 1)):
+        told = series(ties, "ties", metrics, points=points, span=Span(version_from=2))
         moments = [at for at, _ in told]
         assert (len(moments), moments) == (points, sorted(moments))
-        for at, found in told:
-            until = at if at < moments[-1] else None
-            want = expected(records, metric, Span(until=until, version_from=2))
-            assert found.keys() == want.keys()
-            for variant, sums in want.items():
-                assert astuple(found[variant]) == pytest.approx(astuple(sums), rel=1e-9)
-    assert ties.series("nothing", "score", points=5) == []
+        for at, by_metric in told:
+            assert list(by_metric) == metrics
+            until = at if at < moments[-1] else math.inf
+            for metric, found in by_metric.items():
+                want = expected(records, metric, Span(version_from=2), until)
+                assert found.keys() == want.keys()
+                for variant, sums in want.items():
+                    assert astuple(found[variant]) == pytest.approx(astuple(sums), rel=1e-9)
+    assert series(ties, "nothing", ["score"], points=5) == []
+
+
+def series(
+    store: Store, experiment: str, metrics: Sequence[str], **given: Any
+) -> Sequence[tuple[float, dict[str, dict[str, Sums]]]]:
+    with store.reading() as reading:
+        return reading.series(experiment, metrics, **given)
+
+
+def test_results_are_of_one_moment(ties: Store) -> None:
+    """Although exposures come whenever a transaction of the reader ends."""
+    for at, name in enumerate("abc"):
+        ties.insert([exposure(name, at=at), outcome(name)])
+    writer = Store(Database(ties.database.engine.url.render_as_string(hide_password=False)))
+    names = (f"later-{number}" for number in range(1000))
+
+    def write(_: object) -> None:
+        name = next(names)
+        writer.insert([exposure(name, at=time.time()), outcome(name)])
+
+    event.listen(ties.database.engine, "commit", write)
+    found = results(ties, "ties", points=3)
+    writer.database.close()
+    told = [each["metrics"].keys() for each in found["series"]]
+    assert len(told) == 3
+    assert told[0] == told[1] == told[2] == {each["name"] for each in found["metrics"]}
+    control = found["metrics"][0]["control_stats"]
+    assert control["sample_size"] == found["sample_ratio"]["units"]["control"] == 3
+
+
+def test_what_answered_a_variant_is_told_once(ties: Store) -> None:
+    routed = exposure("d", variant="routed", target="zoo")
+    failed = exposure("e", bank="", target="auto")
+    ties.insert([exposure("a"), exposure("b"), exposure("c", bank="sha256:1"), routed, failed])
+    with ties.reading() as reading:
+        assert reading.answered_from("ties") == [
+            AnsweredFrom("control", "zoo-ties", "sha256:0"),
+            AnsweredFrom("control", "zoo-ties", "sha256:1"),
+            AnsweredFrom("routed", "zoo", "sha256:0"),
+        ]
+
+
+def test_another_request_under_the_same_id_is_told_of(ties: Store) -> None:
+    assert ties.insert(one_of_each("a")) == 0
+    assert ties.insert([*one_of_each("a"), *one_of_each("b")]) == 0  # a journal's, drained again
+    assert ties.insert([exposure("a", at=1000.5), exposure("c"), exposure("c", unit="u")]) == 2
+    assert ties.insert([exposure("b", caller="somebody else")]) == 1
 
 
 def test_nothing_sums_to_nothing(ties: Store) -> None:
@@ -240,7 +291,7 @@ def test_another_experiment_that_had_the_name_is_not_counted(ties: Store) -> Non
     assert ties.unit_counts("ties") == UnitCounts({}, 0)
     ties.insert([exposure("b", unit="u", version=again.version), outcome("b", latency_ms=7)])
     assert ties.sums("ties", "latency_ms") == {"control": Sums.of([7], [1], [5])}
-    assert ties.shadow_pairs("ties") == []
+    assert paired(ties, "ties", ALL) == []
 
 
 def test_clocks_that_go_backwards_lose_nothing(ties: Store) -> None:
@@ -249,4 +300,4 @@ def test_clocks_that_go_backwards_lose_nothing(ties: Store) -> None:
     ties.insert([exposure("a", unit="u", at=50.0), outcome("a", at=10.0, latency_ms=2)])
     ties.insert([exposure("b", unit="u", at=40.0), outcome("b", at=5.0, latency_ms=3)])
     assert ties.sums("ties", "latency_ms") == {"control": Sums.of([5], [2], [12.5])}
-    assert [at for at, _ in ties.series("ties", "latency_ms", points=2)] == [45.0, 50.0]
+    assert [at for at, _ in series(ties, "ties", ["latency_ms"], points=2)] == [45.0, 50.0]

@@ -17,6 +17,7 @@ from .samples import sums
 def test_weights_are_whole_buckets_with_a_floor(means: list[float], floor: float) -> None:
     sides = {f"v{i}": sums(200, seed=i, mean=mean) for i, mean in enumerate(means)}
     found = thompson_weights(sides, kind="continuous", direction="up", floor=floor)
+    assert found is not None
     buckets = [round(weight * 10_000) for weight in found.values()]
     assert sum(buckets) == 10_000
     assert [many / 10_000 for many in buckets] == list(found.values())
@@ -32,10 +33,17 @@ def test_the_better_gets_more_in_the_direction_asked_for() -> None:
     assert down == {"a": 0.9, "b": 0.1}
 
 
-def test_too_few_units_are_split_evenly() -> None:
+def test_too_few_units_move_no_weight() -> None:
     sides = {"a": sums(seed=1), "b": sums(20, seed=2, mean=9), "c": Sums()}
-    found = thompson_weights(sides, kind="continuous", direction="up")
-    assert found == {"a": 0.3334, "b": 0.3333, "c": 0.3333}
+    assert thompson_weights(sides, kind="continuous", direction="up") is None
+    assert thompson_weights({"a": sums()}, kind="continuous", direction="up") == {"a": 1}
+
+
+def test_a_busy_unit_takes_back_what_was_known() -> None:
+    known = {"a": sums(seed=1), "b": sums(seed=2, mean=2)}
+    assert thompson_weights(known, kind="continuous", direction="up") is not None
+    busy = known["a"] + Sums.of([4_000.0], [4_000.0])
+    assert thompson_weights({**known, "a": busy}, kind="continuous", direction="up") is None
 
 
 def test_what_is_left_over_goes_to_the_largest_remainders() -> None:

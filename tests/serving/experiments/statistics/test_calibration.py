@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks.experiment_statistics import (
-    BINARY,
-    SCORE,
-    World,
-    arrivals,
     guardrails,
+    judged_at,
     looked_at,
-    returning,
     sample_ratios,
+    verdicts,
 )
+from benchmarks.experiment_worlds import BINARY, SCORE, World, arrivals, returning
 from mergeroute.serving.experiments.statistics.units import Sums
 
 Looks = Callable[[World, int, np.random.Generator], Iterator[tuple[Sums, Sums]]]
@@ -32,6 +30,15 @@ def test_fifty_looks_find_nothing_that_is_not_there(
     always, lift, fixed, requests, _ = found
     assert max(always, lift) <= 0.05
     assert fixed > 0.1 < requests  # what looking early costs otherwise
+
+
+def test_three_variants_by_three_metrics_have_no_winner_where_all_are_alike() -> None:
+    [found] = verdicts(10)
+    assert (found.variants, found.metrics, found.looks) == (3, 3, 50)
+    assert (found.winner, found.adjusted) == (0, 0)
+    better = arrivals(SCORE, 2_000, np.random.default_rng(8), change=0.5)
+    looks = ({SCORE.name: {"a": control, "b": variant}} for control, variant in better)
+    assert judged_at(looks).tolist() == [1, 1]
 
 
 def test_guardrails_pause_what_is_worse_and_nothing_else() -> None:

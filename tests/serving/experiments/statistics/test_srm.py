@@ -39,6 +39,24 @@ def test_too_few_units_cannot_tell() -> None:
     assert sample_ratio({"a": 0}, {"a": 0.0}).p_value is None
 
 
+def test_a_tiny_variant_hides_no_other() -> None:
+    """999 units: 499, 499 and 1 are expected, the last with the first of the others."""
+    weights = {"a": 0.4995, "b": 0.4995, "tiny": 0.001}
+    found = sample_ratio({"a": 600, "b": 398, "tiny": 1}, weights)
+    want = stats.chisquare([601, 398], [999 * 0.5005, 999 * 0.4995])
+    assert (found.p_value, found.statistic) == pytest.approx((want.pvalue, want.statistic))
+    assert found.is_mismatch
+    assert not sample_ratio({"a": 500, "b": 498, "tiny": 1}, weights).is_mismatch
+
+
+def test_twenty_small_variants_are_ten() -> None:
+    weights = {str(n): 0.05 for n in range(20)}
+    counts = {str(n): 4 + (-1) ** (n // 2) for n in range(20)}  # 80 units, 4 expected of each
+    found = sample_ratio(counts, weights)
+    pairs = [counts[str(n)] + counts[str(n + 1)] for n in range(0, 20, 2)]
+    assert found.p_value == pytest.approx(stats.chisquare(pairs).pvalue)
+
+
 def test_a_unit_where_none_belongs_is_a_mismatch() -> None:
     found = sample_ratio({"a": 100, "b": 100, "c": 1}, {**EVEN, "c": 0})
     assert (found.p_value, found.is_mismatch) == (0.0, True)
