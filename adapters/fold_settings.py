@@ -48,7 +48,14 @@ def _check_usage(settings: FoldSettings) -> None:
     if settings.method == "lego":
         raise BankError("lego clusters units without weights: leave usage out, or use method svd")
     for name, use in settings.usage.items():
-        if not (math.isfinite(use) and use >= 0):
-            raise BankError(f"the usage of {name!r} is {use}: it is a number of at least 0")
+        if not _is_usable(use):
+            raise BankError(f"the usage of {name!r} is {use!r:.20}: it is a number of at least 0")
     if not any(settings.usage.values()):
         raise BankError("no module was used: there is nothing to weigh by, leave usage out")
+
+
+def _is_usable(use: float) -> bool:
+    try:
+        return math.isfinite(use) and use >= 0
+    except OverflowError:  # an integer beyond every float
+        return False

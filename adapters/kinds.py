@@ -73,7 +73,13 @@ def empty_model(path: Path) -> Any:  # noqa: ANN401 - transformers is untyped
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except UNUSABLE as error:
-        raise BackboneError(f"{path} is no causal language model: {error}") from error
+        raise BackboneError(f"{path} is no causal language model: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in one line: transformers goes on with every class that it knows."""
+    first, *others = str(error).splitlines() or [type(error).__name__]
+    return " ".join([first, *(line.strip() for line in others[:1] if first.endswith(":"))])
 
 
 def classify(model: Any) -> dict[str, Parameter]:  # noqa: ANN401

@@ -39,6 +39,7 @@ from mergeroute.runtime.distillation import DistillationSettings, distil
 from mergeroute.runtime.expert_usage import UsageOptions, expert_usage
 from mergeroute.runtime.loading import load_model
 from mergeroute.runtime.rendering import Rendered
+from mergeroute.runtime.saving import save_trained
 from mergeroute.runtime.sparse_blocks import sparse_blocks
 
 from .machine import describe_machine
@@ -61,10 +62,12 @@ class Result:
 
 
 def measure(row: Row, zoo: Path, usage: Usage, prompts: int) -> Result:
-    """Build a row's model and ask it. prompts: per task."""
+    """Build a row's model and ask it as it is stored. prompts: per task."""
     moe = zoo / "moe"
     with tempfile.TemporaryDirectory() as folder:
         path = moe if row.experts is None else _built(row, moe, usage, Path(folder) / "bank")
+        if row.recovery:
+            path = _recovered(path, zoo, row.recovery, Path(folder) / "recovered")
         model, cost = load_model(path, device=CPU, dtype=torch.float32), cost_of(path)
         if row.bits is not None:
             cost = cost.model_copy(update={"bytes": _round_experts(model, row.bits)})
@@ -72,8 +75,6 @@ def measure(row: Row, zoo: Path, usage: Usage, prompts: int) -> Result:
             before = sum(weight.numel() for weight in _centres(model)) * 2
             after = _round_experts(model, row.centre_bits)
             cost = cost.model_copy(update={"bytes": cost.bytes - before + after})
-        if row.recovery:
-            _recover(model, moe, zoo, row.recovery)
         return Result(row, accuracies(model, moe, prompts), cost)
 
 
@@ -106,15 +107,19 @@ def _round_experts(model: Any, bits: int) -> int:
     return nbytes
 
 
-def _recover(model: Any, moe: Path, zoo: Path, steps: int) -> None:
-    """Train experts and routers against the mixture as it is, on training inputs."""
-    model.requires_grad_(False)
-    for block in sparse_blocks(model).values():
+def _recovered(path: Path, zoo: Path, steps: int, out: Path) -> Path:
+    """The same with experts and routers trained against the mixture as it is, on training inputs;
+    where it is written.
+    """
+    student = load_model(path, device=CPU, dtype=torch.float32).requires_grad_(False)
+    for block in sparse_blocks(student).values():
         block.requires_grad_(True)
     train, held_out = training_prompts(zoo, RECOVERY_PROMPTS), training_prompts(zoo, 220)
     unseen = [prompt for prompt in held_out if prompt not in set(train)]
-    teacher = load_model(moe, device=CPU, dtype=torch.float32)
-    distil(model, teacher, train, held_out=unseen, settings=DistillationSettings(steps=steps))
+    teacher = load_model(zoo / "moe", device=CPU, dtype=torch.float32)
+    distil(student, teacher, train, held_out=unseen, settings=DistillationSettings(steps=steps))
+    save_trained(student, path, out)
+    return out
 
 
 def training_prompts(zoo: Path, per_task: int) -> list[Rendered]:
@@ -173,6 +178,24 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
+def known_results(file: Path) -> list[Result]:
+    """What a file of an earlier run says of the rows that are still built the same way."""
+    entries = json.loads(file.read_text("utf-8"))["rows"]
+    known = {(e["group"], e["label"]): e for e in entries}
+    found = ((row, known.get((row.group, row.label))) for row in rows())
+    return [
+        Result(row, entry["accuracies"], Cost(bytes=entry["bytes"], flops=entry["flops"]))
+        for row, entry in found
+        if entry and (entry["experts"], entry["recovery_steps"]) == (row.experts, row.recovery)
+    ]
+
+
+def together(measured: Sequence[Result], known: Sequence[Result]) -> list[Result]:
+    """Both in the order of the rows; what was measured now counts."""
+    found = {result.row.name: result for result in (*known, *measured)}
+    return [found[row.name] for row in rows() if row.name in found]
+
+
 def _mean(accuracies: Mapping[str, float]) -> float:
     return sum(accuracies.values()) / len(accuracies)
 
@@ -208,7 +231,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoe", description=__doc__)
     parser.add_argument("--zoo", type=Path, default=Path("build/zoo"), help="a trained zoo")
     parser.add_argument("--prompts", type=int, default=200, help="per task")
-    parser.add_argument("--only", help="rows whose label or group contains this, and the first")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="rows whose 'group: label' contains one of these, and the first; the others stay as "
+        "the file of --json has them",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--markdown", type=Path, help="also write the table there")
@@ -217,18 +247,17 @@ def main() -> None:
     zoo, prompts = arguments.zoo.resolve(), arguments.prompts
     quieten()
     first, *rest = rows()
-    chosen = [
-        first,
-        *(r for r in rest if not arguments.only or arguments.only in r.group + r.label),
-    ]
+    chosen = [first, *(r for r in rest if any(text in r.name for text in arguments.only))]
     usage = measured_usage(zoo)
     jobs: list[Callable[[], Result]] = [
         partial(measure, row, zoo, usage, prompts) for row in chosen
     ]
     bars = Progress(*COLUMNS, TimeElapsedColumn(), console=Console(stderr=True))
     with bars as progress, worker_pool(arguments.workers) as pool:
-        entries = summarise(run(pool, "rows", jobs, progress))
-    show(entries)
+        results = run(pool, "rows", jobs, progress)
+    show(summarise(results))
+    is_known = arguments.json is not None and arguments.json.exists()
+    entries = summarise(together(results, known_results(arguments.json) if is_known else []))
     dense = dense_accuracies(zoo, prompts)
     if arguments.json:
         document = {

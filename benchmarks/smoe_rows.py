@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Group = Literal["reference", "quantised", "merged", "grouped", "shared", "recovered"]
@@ -25,6 +25,11 @@ class Row:
     recovery: int = 0
     keep: int | None = field(default=None, compare=False)
 
+    @property
+    def name(self) -> str:
+        """What tells it from every other row."""
+        return f"{self.group}: {self.label}"
+
 
 MERGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("average of M-SMoE's groups", {"method": "average"}),
@@ -34,16 +39,28 @@ MERGES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 RECOVERY_STEPS = 60
 
+RECOVERED = (
+    *(f"{name}, {keep}" for keep in (6, 4, 2) for name in (*(name for name, _ in MERGES), "REAP")),
+    *(f"M-SMoE, {keep} + rank {rank}" for keep, rank in ((6, 8), (4, 8), (2, 16))),
+    "shared alone",
+    "shared + rank 8",
+)
+"""The rows that stand there a second time, trained."""
+
 
 def rows() -> list[Row]:
     """The rows in the order in which they are printed."""
-    return [
-        Row("all 8 experts, bfloat16", "reference"),
-        *(Row(f"all 8 experts, int{bits}", "quantised", bits=bits) for bits in (8, 4, 3)),
+    merged = [
         *(row for keep in (6, 4, 2) for row in _merged_rows(keep)),
         *_grouped_rows(),
         *_shared_rows(),
-        *_recovered_rows(),
+    ]
+    by_label = {row.label: row for row in merged}
+    return [
+        Row("all 8 experts, bfloat16", "reference"),
+        *(Row(f"all 8 experts, int{bits}", "quantised", bits=bits) for bits in (8, 4, 3)),
+        *merged,
+        *(replace(by_label[x], group="recovered", recovery=RECOVERY_STEPS) for x in RECOVERED),
     ]
 
 
@@ -61,7 +78,7 @@ def _merged_rows(keep: int) -> Iterator[Row]:
 
 def _grouped_rows() -> Iterator[Row]:
     """Groups with a residual for each of their experts: MC-SMoE's form."""
-    for keep, ranks in ((4, (4, 8, 16)), (2, (8, 16, 24))):
+    for keep, ranks in ((6, (8,)), (4, (4, 8, 16)), (2, (8, 16, 24))):
         for rank in ranks:
             experts = {"method": "m-smoe", "keep": keep, "residuals": {"rank": rank}}
             yield Row(f"M-SMoE, {keep} + rank {rank}", "grouped", experts, keep=keep)
@@ -86,16 +103,3 @@ def _shared_rows() -> Iterator[Row]:
     yield shared(" + rank 24, closest outputs", rank=24, fit="outputs")
     yield shared(" + rank 15, int8, closest outputs", rank=15, dtype="int8", fit="outputs")
     yield shared(" in int8 + rank 28, int8", 8, rank=28, dtype="int8")
-
-
-def _recovered_rows() -> Iterator[Row]:
-    for keep, count in ((4, 3), (2, 1)):
-        for label, settings in MERGES[: -count - 1 : -1]:
-            experts = {**settings, "keep": keep, "router": "exact"}
-            yield Row(f"{label}, {keep}", "recovered", experts, recovery=RECOVERY_STEPS, keep=keep)
-        reap = {"method": "reap", "keep": keep}
-        yield Row(f"REAP, {keep}", "recovered", reap, recovery=RECOVERY_STEPS, keep=keep)
-    alone = {"method": "shared", "router": "exact"}
-    yield Row("shared alone", "recovered", alone, recovery=RECOVERY_STEPS, keep=1)
-    experts = {"method": "shared", "residuals": {"rank": 8}}
-    yield Row("shared + rank 8", "recovered", experts, recovery=RECOVERY_STEPS, keep=1)

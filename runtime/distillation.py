@@ -77,7 +77,7 @@ def distil(
     so that its gradient does not vanish with T, and is a mean over tokens, so that it does not grow
     with the length of answers; the student trains in training mode; padding is left out.
 
-    student, teacher: on one device; the teacher's parameters are not touched.
+    student, teacher: on one device, where they stay; the teacher's parameters are not touched.
     on_step: called once per step.
 
     Raises:
@@ -88,7 +88,7 @@ def distil(
     """
     if not prompts or not held_out:
         raise DataError("distillation needs prompts to train on and prompts held out: give more")
-    accelerator = Accelerator(cpu=student.device.type == "cpu")
+    accelerator = Accelerator(cpu=student.device.type == "cpu", device_placement=False)
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     model, optimizer, schedule = accelerator.prepare(student, *_optimizer(weights, settings))
     objective = _Objective(model, teacher, settings)
@@ -112,6 +112,19 @@ def distil(
     accelerator.free_memory()
     student.eval()
     return Distilled(losses)
+
+
+def held_out_loss(
+    student: Any,  # noqa: ANN401
+    teacher: Any,  # noqa: ANN401
+    prompts: Sequence[Rendered],
+    *,
+    settings: DistillationSettings = DistillationSettings(),
+) -> float:
+    """The loss that `distil` lowers, on prompts that were held out; it leaves the student in
+    evaluation mode.
+    """
+    return _Objective(student, teacher, settings).held_out(prompts)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,13 +31,19 @@ def fitted_gates(
     near `SHARPNESS` and the others' near 0. Every expert counts alike, however long its prompts.
 
     The inputs are those of the upcycled model where every token goes to its own expert: what is
-    shared is merged, the feed-forward parts are the expert's. One model at a time is in memory.
+    shared is merged, the feed-forward parts are the expert's. One model at a time is in memory, and
+    what is merged, once for all.
 
     prompts: of every expert; their answers count.
     """
+
+    @cache
+    def merged(name: str) -> Tensor:
+        return torch.cat(list(merger.backbone_rows(name)))
+
     seen = []
     for expert in merger.experts:
-        model = _with_own_expert(merger, expert)
+        model = _with_own_expert(merger, expert, merged)
         seen.append(_seen(model, prompts[expert.name], on_prompt))
     return {layer: _least_squares([own[layer] for own in seen]) for layer in range(len(seen[0]))}
 
@@ -64,13 +70,15 @@ class _Seen:
 
 
 @torch.no_grad()
-def _with_own_expert(merger: Merger, expert: Expert) -> Any:  # noqa: ANN401
-    """The upcycled model where every token goes to one expert, which is a dense model."""
+def _with_own_expert(merger: Merger, expert: Expert, merged: Callable[[str], Tensor]) -> Any:  # noqa: ANN401
+    """The upcycled model where every token goes to one expert, which is a dense model.
+
+    merged: a parameter that is no expert's, by name.
+    """
     model = expert_model(expert, merger.base, merger.device)
     for name, parameter in model.named_parameters():
         if not is_feed_forward(name):
-            rows = torch.cat(list(merger.backbone_rows(name)))
-            parameter.copy_(rows.reshape(parameter.shape))
+            parameter.copy_(merged(name).reshape(parameter.shape))
     return model
 
 

@@ -109,13 +109,16 @@ def parameter_entry(survey: Survey, parameter: Surveyed) -> dict[str, Any]:
     }
 
 
-def backbone_entry(backbone: Backbone) -> dict[str, Any]:
-    """What a backbone is called, where it is, and how large."""
+def backbone_entry(backbone: Backbone, *, is_causal: bool = True) -> dict[str, Any]:
+    """What a backbone is called, where it is, and how large.
+
+    is_causal: other models have no linear layers that modules go by.
+    """
     return {
         "name": backbone.name,
         "path": str(backbone.path),
         "digest": backbone.digest,
-        "linear_layers": len(backbone.layers),
+        "linear_layers": len(backbone.layers) if is_causal else None,
         "bytes": disk_bytes(backbone.path.glob("*.safetensors")),
     }
 

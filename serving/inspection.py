@@ -33,7 +33,14 @@ from .inspect_entries import (
     sizes,
     spread,
 )
-from .inspection_moe import checkpoint_document, is_sparse, merged_entry, recipe_document
+from .inspection_moe import (
+    checkpoint_document,
+    is_sparse,
+    merged_entry,
+    recipe_document,
+    recipe_entry,
+)
+from .variants import recorded_moe
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -113,7 +120,7 @@ def _inspect_bank(path: Path, progress: Progress) -> Inspection:
         rows.append(_bank_module(bank, entry, loaded[-1], weights))
         step()
     survey = survey_modules(loaded, bank.backbone.layers)
-    shared, recipe = bank.shared, bank.recipe or {}
+    shared, recipe, moe = bank.shared, bank.recipe or {}, recorded_moe(bank)
     report = read_report(bank.backbone.path)
     document = {
         "kind": "bank",
@@ -121,7 +128,7 @@ def _inspect_bank(path: Path, progress: Progress) -> Inspection:
         "digest": bank.digest,
         "router": bank.router_path is not None,
         **{f"backbone_{key}": value for key, value in backbone_entry(bank.backbone).items()},
-        "merge": recipe.get("backbone"),
+        **({"merge": recipe.get("backbone")} if moe is None else recipe_entry(moe)),
         "modules_settings": _settings(recipe.get("modules", {})),
         "shared": shared and _bank_module(bank, shared, bank.load(shared), weights),
         "modules": rows,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from random import Random
@@ -17,9 +17,10 @@ from ..adapters.backbone import checkpoint_files, digest_of_files, file_digests,
 from ..adapters.bank import Bank, new_bank, seal
 from ..adapters.errors import BankError, DataError, UnsupportedModelError
 from ..adapters.manifest import MANIFEST, BackboneEntry, read_manifest
+from ..adapters.smoe.stored import RECOVERY
 from ..adapters.staging import staged
 from ..routers.data import read_examples
-from ..runtime.distillation import DistillationSettings, Distilled, distil
+from ..runtime.distillation import DistillationSettings, Distilled, distil, held_out_loss
 from ..runtime.loading import choose_device, load_model, load_tokenizer
 from ..runtime.rendering import Rendered, render
 from ..runtime.saving import save_trained
@@ -29,8 +30,15 @@ from .building import progress_bars
 HELD_OUT = 0.1
 """Share of the prompts that is not trained on: it decides when training ends."""
 
-RECORD = "recovery.json"
-"""Beside the weights: how they were trained, and the losses."""
+
+@dataclass(frozen=True)
+class Recovered:
+    """What recovery came to. stored_loss: on held-out prompts, of what was written: training runs
+    in float32, and what is stored in fewer bits is rounded.
+    """
+
+    training: Distilled
+    stored_loss: float
 
 
 def recover_model(
@@ -43,7 +51,7 @@ def recover_model(
     device: str = "auto",
     force: bool = False,
     console: Console,
-) -> Distilled:
+) -> Recovered:
     """Train the experts and routers of a bank's backbone, or of a checkpoint, to answer as another
     model does, and write the same again with the new weights; see `distil`. Everything else stays.
 
@@ -61,24 +69,34 @@ def recover_model(
         student, original = _loaded(source, teacher, place)
         step = stage("recovery", settings.steps)
         found = distil(student, original, train, held_out=held_out, settings=settings, on_step=step)
-    record = {"teacher": teacher, **asdict(settings), **_document(found)}
-    if is_bank:
-        with new_bank(out, force=force) as folder:
-            _write_bank(path, folder, student, record)
-    else:
+    made = {"teacher": teacher, **asdict(settings), **_document(found)}
+
+    def write(folder: Path) -> Recovered:
+        save_trained(student, source, folder)
+        stored = load_model(folder, device=place, dtype=torch.float32)
+        loss = held_out_loss(stored, original, held_out, settings=settings)
+        record = {**made, "stored_held_out_loss": _finite(loss)}
+        (folder / RECOVERY).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        return Recovered(found, loss)
+
+    if not is_bank:
         with staged(out) as folder:
-            _write_model(student, source, folder, record)
-    return found
+            return write(folder)
+    with new_bank(out, force=force) as folder:
+        recovered = write(folder / "backbone")
+        _seal(path, folder)
+    return recovered
 
 
-def told(found: Distilled) -> str:
+def told(recovered: Recovered) -> str:
     """What training came to, in a sentence."""
+    found = recovered.training
     before, after = found.losses[0], found.losses[found.best]
     if not found.best:
         return f"no step brought the held-out loss below {before:.4f}: the weights are as they were"
     return (
-        f"held-out loss {before:.4f} before, {after:.4f} after {found.best} steps; "
-        f"{found.steps} steps done"
+        f"held-out loss {before:.4f} before, {after:.4f} after {found.best} steps, "
+        f"{recovered.stored_loss:.4f} as it is stored; {found.steps} steps done"
     )
 
 
@@ -130,9 +148,9 @@ def _loaded(source: Path, teacher: str, place: torch.device) -> tuple[Any, Any]:
     return student, original
 
 
-def _write_bank(path: Path, folder: Path, student: Any, record: dict[str, Any]) -> None:  # noqa: ANN401
+def _seal(path: Path, folder: Path) -> None:
+    """Make a bank of a folder with the new backbone; the rest is as in the bank at `path`."""
     bank, manifest = Bank.open(path, verify=False), read_manifest(path)
-    _write_model(student, bank.backbone.path, folder / "backbone", record)
     digest = digest_of_files(file_digests(checkpoint_files(folder / "backbone")))
     seal(
         folder,
@@ -144,11 +162,11 @@ def _write_bank(path: Path, folder: Path, student: Any, record: dict[str, Any]) 
     )
 
 
-def _write_model(student: Any, source: Path, out: Path, record: dict[str, Any]) -> None:  # noqa: ANN401
-    save_trained(student, source, out)
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-
-
 def _document(found: Distilled) -> dict[str, Any]:
-    losses = {step: loss if isfinite(loss) else None for step, loss in found.losses.items()}
+    losses = {step: _finite(loss) for step, loss in found.losses.items()}
     return {"best_step": found.best, "steps_done": found.steps, "held_out_losses": losses}
+
+
+def _finite(loss: float) -> float | None:
+    """What JSON has a number for."""
+    return loss if isfinite(loss) else None

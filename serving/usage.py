@@ -37,10 +37,16 @@ def _stated(path: Path, text: str) -> dict[str, float]:
         document: Mapping[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON: {error}") from error
-    for name, value in document.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DataError(f"{path}: {name!r} is {value!r}: give a number for every module")
-    return dict(document)
+    return {name: _number(path, name, value) for name, value in document.items()}
+
+
+def _number(path: Path, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{path}: {name!r} is {value!r}: give a number for every module")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise DataError(f"{path}: {name!r} is beyond every float: give smaller numbers") from error
 
 
 def _counted(path: Path, text: str, bank: Bank) -> dict[str, float]:

@@ -52,8 +52,7 @@ def build_moe(
     """
     with new_bank(out, force=force) as folder:
         moe = MoeCheckpoint.open(recipe.base)
-        empty_model(moe.path)  # a bank's backbone is a causal language model
-        _check(recipe, moe)
+        check_recipe(recipe, moe)
         usage = _usage(recipe, moe, tools)
         counts = planned_counts(recipe.experts, moe, usage)
         write_backbone(
@@ -77,13 +76,24 @@ def build_moe(
     return Bank.open(out, verify=False)
 
 
-def _check(recipe: MoeRecipe, moe: MoeCheckpoint) -> None:
+def check_recipe(recipe: MoeRecipe, moe: MoeCheckpoint) -> None:
+    """Refuse a recipe that its base does not fit.
+
+    Raises:
+        BackboneError: the base is no causal language model, as a bank's backbone is.
+        RecipeError: it has too few experts or sparse layers, or merged ones; it says which.
+    """
+    empty_model(moe.path)
     settings = recipe.experts
     report = read_report(moe.path)
     if report is not None and report.router != "compact":
         raise RecipeError(
             f"{moe.path} has merged experts and the router of the experts they were merged of: "
             "merge the model that it came from"
+        )
+    if moe.experts == 1:
+        raise RecipeError(
+            f"the layers of {moe.path} have one expert each: there is nothing to merge"
         )
     if settings.count >= moe.experts:
         raise RecipeError(

@@ -22,6 +22,7 @@ from .pruning import kept_experts
 from .recipe import ExpertSettings, MoeRecipe, ResidualSettings
 from .residuals import packed, residual, unpacked
 from .router import RouterGap, fitted_rows, mean_rows
+from .stored import residuals_of
 from .usage import LayerUsage, Usage
 
 STORED = {
@@ -88,7 +89,7 @@ class LayerMerger:
         """
         weights, router = self.moe.read(layer), self.moe.router(layer)
         dtype = self.stored_dtype(layer)
-        if self.settings.method == "reap" and count < len(weights):
+        if self.settings.method == "reap":
             assert usage is not None
             return _pruned(weights, router, kept_experts(usage, count), dtype)
         groups = self._ordered(self._groups(layer, count, usage), usage)
@@ -210,8 +211,7 @@ def _restored(
     """The experts as they will be served: centres plus residuals, rounded as they are stored."""
     restored = centres.chosen(groups)
     for name, matrix in zip(("gate_up", "down"), restored.matrices, strict=True):
-        prefix = f"{name}."
-        own = {k.removeprefix(prefix): x for k, x in residuals.items() if k.startswith(prefix)}
+        own = residuals_of(residuals, name)
         for expert, part in enumerate(unpacked(own) if own else ()):
             matrix[expert] += part.dense()
     return restored

@@ -29,7 +29,8 @@ class Family:
     """What a family's checkpoints call the parts of a sparse block.
 
     inner: the matrices [F, D] that an expert begins with, the gate first. down: [D, F].
-    count: the configuration's key for the number of experts.
+    count: the configuration's key for the number of experts. is_causal: whether it is a causal
+    language model, as a bank's backbone is.
     """
 
     block: str
@@ -38,6 +39,7 @@ class Family:
     down: str
     router: str
     count: str
+    is_causal: bool = True
 
 
 _QWEN = Family(
@@ -47,7 +49,7 @@ _MIXTRAL = Family(
     "block_sparse_moe", "experts.{}", ("w1", "w3"), "w2", "gate.weight", "num_local_experts"
 )
 _SWITCH = Family(
-    BLOCK, "experts.expert_{}", ("wi",), "wo", "router.classifier.weight", "num_experts"
+    BLOCK, "experts.expert_{}", ("wi",), "wo", "router.classifier.weight", "num_experts", False
 )
 
 FAMILIES: Mapping[str, Family] = {

@@ -41,11 +41,6 @@ class Residual:
         """The matrix itself, [o, i]."""
         return self.low_rank.dense().index_add_(0, self.rows, self.values)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """x [t, i] to its change [t, o]."""
-        y = self.low_rank.apply(x)
-        return y.index_add_(1, self.rows, x @ self.values.T) if len(self.rows) else y
-
 
 def residual(
     change: Tensor, *, rank: int, rows: float = 0.0, moment: Tensor | None = None

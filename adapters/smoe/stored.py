@@ -27,6 +27,8 @@ from .residuals import Residual, unpacked
 
 REPORT = "experts.json"
 TENSORS = "experts.safetensors"
+RECOVERY = "recovery.json"
+"""How experts were trained since they were merged, where they were."""
 
 
 class _Strict(BaseModel):
@@ -132,10 +134,9 @@ def write_report(folder: Path, report: ExpertsReport) -> None:
     (folder / REPORT).write_text(report.model_dump_json(indent=2) + "\n", "utf-8")
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write what the plain part has no room for, by full name; how many bytes."""
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what the plain part has no room for, by full name."""
     save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, folder / TENSORS)
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def write_index(folder: Path) -> None:
@@ -173,7 +174,9 @@ def _read_layer(checkpoint: Checkpoint, file: Path, name: str) -> StoredLayer:
     try:
         router, groups = tensors["router"].float(), tensors["groups"].long()
         extra = ExpertWeights(tensors["extra_gate_up"].float(), tensors["extra_down"].float())
-        parts = [_below(tensors, matrix) for matrix in ("gate_up", "down")]
+        parts = [residuals_of(tensors, matrix) for matrix in ("gate_up", "down")]
+        if any(parts) != all(parts):
+            raise ValueError("one of its matrices has residuals, the other has none")
         residuals = (unpacked(parts[0]), unpacked(parts[1])) if all(parts) else None
         counts = {groups.numel(), *(len(own) for own in residuals or ())}
         if router.ndim != 2 or groups.ndim != 1 or counts != {len(router)} or groups.min() < 0:
@@ -185,6 +188,9 @@ def _read_layer(checkpoint: Checkpoint, file: Path, name: str) -> StoredLayer:
     return StoredLayer(router, groups, extra, residuals)
 
 
-def _below(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:
+def residuals_of(tensors: Mapping[str, Tensor], matrix: str) -> dict[str, Tensor]:
+    """Those of a layer's tensors that are the residuals of gate_up or down; see
+    `residuals.Packed`.
+    """
     prefix = f"{matrix}."
     return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}

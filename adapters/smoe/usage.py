@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -35,11 +34,6 @@ class LayerUsage:
     def frequencies(self) -> Tensor:
         """Each expert's share of all selections, [E], float32, which sum to 1."""
         return self.counts.float() / self.counts.sum().clamp(min=1)
-
-    @property
-    def unused(self) -> tuple[int, ...]:
-        """The experts that no token was sent to."""
-        return tuple(torch.nonzero(self.counts == 0).flatten().tolist())
 
     @property
     def logit_cosines(self) -> Tensor:

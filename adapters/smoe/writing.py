@@ -20,6 +20,7 @@ from .accounting import layer_flops, plain_cost
 from .layers import LayerMerger, MergedLayer
 from .layout import MoeCheckpoint, SparseLayer, expert_names
 from .stored import (
+    RECOVERY,
     REPORT,
     TENSORS,
     Cost,
@@ -36,8 +37,8 @@ _COUNT_KEYS = ("num_local_experts", "num_experts")
 
 def write_backbone(
     folder: Path, merger: LayerMerger, counts: Sequence[int], usage: Usage, *, progress: Progress
-) -> ExpertsReport:
-    """Write a model with merged experts; how they were merged.
+) -> None:
+    """Write a model with merged experts, and how they were merged.
 
     The weights are a plain checkpoint with as many experts in every layer, which any program loads
     that loads the original. Where the original router stays, what they have no room for stands in
@@ -61,13 +62,11 @@ def write_backbone(
     if merger.settings.form != "compact":
         write_tensors(folder, exclusive)
         write_index(folder)
-    report = _report(merger, reports, exclusive)
-    write_report(folder, report)
-    return report
+    write_report(folder, _report(merger, reports, exclusive))
 
 
 def _is_copied(file: Path) -> bool:
-    return not is_weights(file) and file.name not in (REPORT, TENSORS)
+    return not is_weights(file) and file.name not in (REPORT, TENSORS, RECOVERY)
 
 
 def _write_config(folder: Path, merger: LayerMerger) -> None:

@@ -321,6 +321,7 @@ def test_names_that_are_too_long_or_taken_are_numbered(
         ({"nbytes": 10**4, "usage": {"a": 1.0}}, "by bytes alone nothing is"),
         ({"to": 2, "usage": {"a": 1.0}, "method": "lego"}, "lego clusters units without weights"),
         ({"to": 2, "usage": {"a": -1.0}}, "the usage of 'a' is -1.0"),
+        ({"to": 2, "usage": {"a": 10**400}}, "the usage of 'a' is 10000000000000000000: it is"),
         ({"to": 2, "usage": {"a": 0.0}}, "no module was used"),
         ({"to": 2, "usage": {"c": 1.0}}, "'c', which is no module of bank 'zoo': b, a, copy"),
         ({"to": 2, "name": "a b"}, "'a b' is not allowed"),

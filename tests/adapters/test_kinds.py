@@ -88,6 +88,18 @@ def test_what_is_no_causal_model_is_refused(text: str, tmp_path: Path) -> None:
         empty_model(tmp_path)
 
 
+def test_a_refusal_is_one_line_without_the_list_of_all_classes(tmp_path: Path) -> None:
+    """But for the line in which a field's own error stands."""
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(BackboneError, match=r"T5Config.* AutoModelForCausalLM\.$") as refused:
+        empty_model(tmp_path)
+    assert "\n" not in str(refused.value)
+    document = {**CONFIGS["llama"].to_dict(), "hidden_size": "abc"}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(BackboneError, match=r"'hidden_size': TypeError: .* expected int, got str"):
+        empty_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -146,6 +146,21 @@ def test_the_seed_decides_the_result() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_the_student_is_moved_to_no_other_device() -> None:
+    """accelerate's own choice is the first GPU, whichever one was asked for."""
+    teacher = teacher_model()
+    student, moves = damaged(teacher), []
+
+    def noted(*arguments: object, **_options: object) -> Any:
+        moves.append(arguments)
+        return student
+
+    student.to = noted
+    some = prompts(4, seed=2)
+    distil(student, teacher, some, held_out=some, settings=DistillationSettings(steps=1))
+    assert not moves
+
+
 def test_prompts_are_needed_on_both_sides() -> None:
     teacher = teacher_model()
     some = prompts(4, seed=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -56,6 +57,20 @@ def test_prompts_go_to_their_experts(tmp_path: Path) -> None:
         logits = torch.cat(seen)  # [t, experts]
         assert float((logits.argmax(1) == k).float().mean()) > 0.9
         assert float(logits[:, k].mean()) > SHARPNESS / 2
+
+
+def test_what_experts_share_is_merged_once_for_all_of_them(tmp_path: Path) -> None:
+    merged: list[str] = []
+
+    class Noting(Merger):
+        def backbone_rows(self, name: str) -> Iterator[torch.Tensor]:
+            merged.append(name)
+            return super().backbone_rows(name)
+
+    zoo = make_zoo(tmp_path, make_model())
+    recipe = zoo.recipe("abc", backbone={"method": "linear"}, modules={"method": "none"})
+    fitted_gates(Noting(*open_sources(recipe), recipe), drawn_prompts("abc", seed=1))
+    assert len(merged) == len(set(merged)) > 0
 
 
 def test_long_prompts_count_as_much_as_short_ones(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,20 @@ from ..tiny import make_module, make_prompt, reference_tokens
 CPU = torch.device("cpu")
 SHARED = {"method": "shared", "residuals": {"rank": 5, "rows": 0.1, "dtype": "int8"}}
 GROUPED = {"method": "m-smoe", "keep": 2, "residuals": {"rank": 3}}
+ROUTED = {"method": "m-smoe", "keep": 3, "router": "groups"}
 UNEVEN = {"method": "hc-smoe", "keep": 2, "router": "exact", "skip_layers": [0]}
 
 
-def merged_bank(name: str, experts: dict[str, Any], folder: Path) -> Bank:
+NORMALISING = [
+    ("mixtral", {}),
+    *itertools.product(CAUSAL[1:], ({"norm_topk_prob": False}, {"norm_topk_prob": True})),
+]
+"""Every family, and whether it divides gates by their sum over the top-k; Mixtral always does."""
+
+
+def merged_bank(name: str, experts: dict[str, Any], folder: Path, **sizes: Any) -> Bank:
     """A bank of a tiny model of a family, which lies beside it in `moe`."""
-    model = make_moe(name)
+    model = make_moe(name, **sizes)
     save_moe(model, folder / "moe")
     recipe = MoeRecipe.model_validate(
         {"base": str(folder / "moe"), "experts": experts, "calibration": "prompts"}
@@ -80,15 +89,44 @@ def test_merged_experts_compute_what_experts_written_out_do(
     assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_full_rank_residuals_give_back_the_original_model(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "norm"), NORMALISING)
+def test_full_rank_residuals_give_back_the_original_model(
+    name: str, norm: dict[str, bool], tmp_path: Path
+) -> None:
     experts = {"method": "shared", "residuals": {"rank": 999, "dtype": "float32"}}
-    model = loaded(merged_bank(name, experts, tmp_path).backbone.path)
+    model = loaded(merged_bank(name, experts, tmp_path, **norm).backbone.path)
     original = loaded(tmp_path / "moe")
     ids = torch.tensor([make_prompt(50, seed=1)])
     with torch.inference_mode():
         expected, found = (m(input_ids=ids).logits for m in (original, model))
     assert torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("experts", [SHARED, UNEVEN, ROUTED], ids=["shared", "uneven", "routed"])
+@torch.no_grad()
+def test_in_bfloat16_a_layer_computes_nearly_what_it_does_in_float32(
+    experts: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where the same experts are chosen, which rounded logits change for some tokens."""
+    path = merged_bank("mixtral", experts, tmp_path).backbone.path
+    exact, rounded = loaded(path), load_model(path, device=CPU, dtype=torch.bfloat16)
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name, block in sparse_blocks(rounded).items():
+        whole: Any = exact.get_submodule(name)
+        for parameter, own in zip(whole.parameters(), block.parameters(), strict=True):
+            parameter.copy_(own)  # what is rounded once is no error of the arithmetic
+        (_, gates, chosen), (_, own_gates, own_chosen) = whole.gate(x.float()), block.gate(x)
+        same = (chosen == own_chosen).all(1)
+        assert same.float().mean() > 0.9
+        assert error(own_gates[same], gates[same]) < 0.02
+        found = block.experts(x, own_chosen, own_gates.bfloat16())
+        assert found.dtype == torch.bfloat16
+        assert error(found[same], whole.experts(x.float(), chosen, gates)[same]) < 0.02
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The median over tokens of |found - wanted| / |wanted|."""
+    return float(((found.float() - wanted).norm(dim=1) / wanted.norm(dim=1)).median())
 
 
 @pytest.mark.parametrize("experts", [SHARED, UNEVEN], ids=["shared", "uneven"])
@@ -143,12 +181,13 @@ def test_experts_of_one_group_are_computed_once_for_a_token(tmp_path: Path) -> N
     assert torch.allclose(found, merged(x, choice[:, :1], gates[:, :1] * 2), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize(("name", "norm"), NORMALISING)
 def test_groups_are_chosen_by_the_summed_probabilities_of_their_members(
-    name: str, tmp_path: Path
+    name: str, norm: dict[str, bool], tmp_path: Path
 ) -> None:
     experts = {"method": "random", "keep": 3, "router": "groups"}
-    model = loaded(merged_bank(name, experts, tmp_path).backbone.path).requires_grad_(False)
+    path = merged_bank(name, experts, tmp_path, **norm).backbone.path
+    model = loaded(path).requires_grad_(False)
     block: Any = model.model.layers[0].mlp
     original: Any = loaded(tmp_path / "moe").requires_grad_(False).model.layers[0].mlp.gate
     x = torch.randn(40, 32)
@@ -156,7 +195,7 @@ def test_groups_are_chosen_by_the_summed_probabilities_of_their_members(
     logits = original(x)[0]
     summed = torch.zeros(40, 3).index_add_(1, block.gate.groups, logits.softmax(1))
     expected, groups = summed.topk(2)
-    if getattr(original, "norm_topk_prob", True):
+    if norm.get("norm_topk_prob", True):
         expected = expected / expected.sum(1, keepdim=True)
     assert torch.equal(chosen, groups)
     assert torch.allclose(gates, expected, atol=1e-6)
@@ -223,6 +262,7 @@ FIRST = "model.layers.0.mlp"
         (lambda t: t.update({f"{FIRST}.router": torch.zeros(5, 32)}), "is damaged at"),
         (lambda t: t.update({f"{FIRST}.down.left": torch.zeros(30, 12)}), "has down of"),
         (lambda t: t.pop(f"{FIRST}.down.right"), "is damaged at"),
+        (lambda t: [t.pop(n) for n in list(t) if f"{FIRST}.down." in n], "the other has none"),
     ],
 )
 def test_what_lies_beside_the_plain_part_is_checked(

@@ -64,6 +64,10 @@ def logits_of(path: Path) -> torch.Tensor:
     return found
 
 
+def record_of(bank: Path) -> Any:
+    return json.loads((bank / "backbone" / "recovery.json").read_text())
+
+
 def test_a_bank_is_recovered_into_a_bank(folder: Path, tmp_path: Path) -> None:
     """In the form in which it was stored; what is no expert stays as it was, as does the router
     of the plain checkpoint, which merged experts do not use.
@@ -76,7 +80,7 @@ def test_a_bank_is_recovered_into_a_bank(folder: Path, tmp_path: Path) -> None:
     report = read_report(after.backbone.path)
     assert report is not None
     assert report.is_recovered
-    record = json.loads((after.backbone.path / "recovery.json").read_text())
+    record = record_of(tmp_path / "new")
     losses = record["held_out_losses"]
     assert losses[str(record["best_step"])] < losses["0"]
     one, other = (Checkpoint.open(bank.backbone.path) for bank in (before, after))
@@ -84,6 +88,19 @@ def test_a_bank_is_recovered_into_a_bank(folder: Path, tmp_path: Path) -> None:
         is_same = torch.equal(one.read(name), other.read(name))
         assert is_same == ("experts" not in name)
     assert not torch.equal(logits_of(before.backbone.path), logits_of(after.backbone.path))
+
+
+def test_the_loss_of_what_was_written_is_told(folder: Path, tmp_path: Path) -> None:
+    """It is not the one that was trained to, as residuals are rounded to int8; training that goes
+    on from there begins with it.
+    """
+    said = recover(folder, "bank", tmp_path / "new")
+    recover(folder, str(tmp_path / "new"), tmp_path / "again")
+    record, again = (record_of(tmp_path / name) for name in ("new", "again"))
+    stored = record["stored_held_out_loss"]
+    assert f"{stored:.4f} as it is stored" in said
+    assert stored == pytest.approx(again["held_out_losses"]["0"], rel=1e-6)
+    assert stored != pytest.approx(record["held_out_losses"][str(record["best_step"])], rel=1e-6)
 
 
 def test_a_checkpoint_is_recovered_into_a_checkpoint(folder: Path, tmp_path: Path) -> None:

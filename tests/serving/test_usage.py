@@ -35,6 +35,7 @@ def test_what_metrics_gave_counts_the_banks_own_modules(bank: Bank, tmp_path: Pa
         ("{", "is no JSON"),
         ('{"digit": true}', "'digit' is True: give a number"),
         ('{"digit": "3"}', "'digit' is '3': give a number"),
+        (f'{{"digit": 1{"0" * 400}}}', "'digit' is beyond every float"),
         ("what is this\n", "neither a JSON object"),
         ("", "counts no use of modules"),
         ('mergeroute_module_weight_total{bank="else",module="a"} 3.0\n', "of others: else"),

@@ -23,10 +23,11 @@ from mergeroute.adapters.smoe.layout import MoeCheckpoint
 from mergeroute.adapters.smoe.recipe import MoeRecipe
 from mergeroute.adapters.smoe.stored import TENSORS, ExpertsReport, read_report
 from mergeroute.adapters.smoe.usage import LayerUsage, Usage
+from mergeroute.runtime.loading import load_model
 from mergeroute.runtime.sparse_blocks import sparse_blocks
 
 from ...moe import CAUSAL, EXPERTS, HIDDEN, make_moe, make_prompts, save_moe, usage_of
-from ...tiny import make_model
+from ...tiny import make_model, make_prompt
 
 M_SMOE = {"method": "m-smoe", "keep": 2}
 
@@ -87,6 +88,30 @@ def test_stock_transformers_load_a_compact_bank(
     for parameter, value in model.named_parameters():
         if parameter in others and "mlp.gate.weight" not in parameter:
             assert torch.equal(value, others[parameter])  # shared experts among them
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_a_compact_bank_routes_much_as_one_with_summed_probabilities(
+    name: str, tmp_path: Path
+) -> None:
+    """Its router rows are in the order of its centres: in another one at most two of three tokens
+    agree.
+    """
+    make_moe(name).save_pretrained(tmp_path / "moe")
+    experts = {"method": "m-smoe", "keep": 3}
+    stock = transformers.AutoModelForCausalLM.from_pretrained(
+        build_in(tmp_path, experts).backbone.path
+    ).eval()
+    path = build_in(tmp_path, {**experts, "router": "groups"}).backbone.path
+    whole = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
+    for layer, block in sparse_blocks(stock).items():
+        merged = whole.get_submodule(layer).experts
+        assert torch.equal(block.experts.gate_up_proj, merged.gate_up)
+        assert torch.equal(block.experts.down_proj, merged.down)
+    ids = torch.tensor([make_prompt(200, seed=seed) for seed in range(1, 4)])
+    said, wanted = (model(ids).logits.argmax(-1) for model in (stock, whole))
+    assert (said == wanted).float().mean() > 0.7
 
 
 @pytest.mark.parametrize("method", ["m-smoe", "hc-smoe", "average", "random", "shared"])
@@ -228,6 +253,13 @@ def test_what_the_model_does_not_have_is_refused(
     assert not (mixtral / "bank").exists()
 
 
+def test_a_layer_of_one_expert_has_nothing_to_merge(mixtral: Path) -> None:
+    one = build_in(mixtral, {"method": "shared"}, calibration=None).backbone.path
+    again = make_recipe(mixtral, {"method": "shared"}, base=str(one), calibration=None)
+    with pytest.raises(RecipeError, match="have one expert each: there is nothing to merge"):
+        build_moe(again, mixtral / "again")
+
+
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     make_model("llama").save_pretrained(tmp_path / "moe")
     with pytest.raises(BackboneError, match="no sparse mixture of experts that is known"):
@@ -261,8 +293,14 @@ def test_a_compact_bank_is_a_model_like_any_other(mixtral: Path) -> None:
     assert (report.experts, report.layers[0].experts) == (3, 1)
 
 
+def test_the_record_of_a_bases_recovery_is_not_the_banks(mixtral: Path) -> None:
+    (mixtral / "moe" / "recovery.json").write_text("{}")
+    bank = build_in(mixtral, M_SMOE)
+    assert not (bank.backbone.path / "recovery.json").exists()
+
+
 PEAK = """
-import sys, threading, time
+import json, sys, threading, time
 from pathlib import Path
 from mergeroute.adapters.smoe.build import build_moe
 from mergeroute.adapters.smoe.recipe import MoeRecipe
@@ -272,8 +310,8 @@ def held():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 def build(folder):
-    experts = {"method": "shared", "residuals": {"rank": 4}}
-    build_moe(MoeRecipe(base=folder + "/moe", experts=experts), folder + "/bank")
+    recipe = MoeRecipe(base=folder + "/moe", experts=json.loads(sys.argv[3]))
+    build_moe(recipe, folder + "/bank")
 
 def watch():
     while not done:
@@ -291,12 +329,22 @@ print(max(seen) - seen[0])
 """
 
 
+UNEVEN = {"method": "random", "keep": 1, "router": "exact", "skip_layers": [*range(1, 16)]}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_peaks_below_the_model(mixtral: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "experts",
+    [{"method": "shared", "residuals": {"rank": 4}}, UNEVEN],
+    ids=["shared", "uneven"],
+)
+def test_memory_peaks_below_the_model(experts: dict[str, Any], tmp_path: Path) -> None:
     """Of a model so large (200 MB) that what allocators keep for themselves is little."""
     large: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 8}
     make_moe(num_hidden_layers=16, **large).save_pretrained(tmp_path / "large" / "moe")
-    command = [sys.executable, "-c", PEAK, str(mixtral), str(tmp_path / "large")]
+    make_moe(num_hidden_layers=16).save_pretrained(tmp_path / "small" / "moe")
+    folders = (str(tmp_path / name) for name in ("small", "large"))
+    command = [sys.executable, "-c", PEAK, *folders, json.dumps(experts)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     size = Checkpoint.open(tmp_path / "large" / "moe").nbytes
     assert int(done.stdout) < 1.3 * size

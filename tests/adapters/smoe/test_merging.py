@@ -39,7 +39,6 @@ def test_one_group_of_each_expert_changes_nothing() -> None:
 
 def test_experts_that_were_never_used_have_their_plain_mean() -> None:
     usage = make_usage([0, 0, 8, 2], [0.0] * 4)
-    assert usage.unused == (0, 1)
     shares = usage_shares(usage, floor=0.01)
     assert torch.allclose(shares, torch.tensor([0.01, 0.01, 0.8, 0.2]))
     weights = ExpertWeights(torch.randn(4, 6, 5), torch.randn(4, 5, 3))
