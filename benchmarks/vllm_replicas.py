@@ -2,7 +2,8 @@
 
 The gateway is `mergeroute serve` on the demo bank, started by the Python that runs this (make vllm:
 .venv-vllm/bin/python). A third of the way through, the engine of one server is killed with SIGKILL,
-in the middle of a step. Every request is told apart: answered; a stream that had begun and ended
+in the middle of a step, while it holds several requests and streams that have begun. Every request
+is told apart: answered; a stream that had begun and ended
 with an error; refused or lost before its first byte, of which there must be none.
 """
 
@@ -22,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,12 @@ from .machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 STARTS_WITHIN_S = 900
+FILLS_WITHIN_S = 120
 RECOVERS_WITHIN_S = 600
 _READY = re.compile(r"ready: (http://\S+)/v1")
 _FAILED = ("refused", "lost")
+_FULL = 4
+"""Requests that the server to be killed holds at the least."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,23 @@ def engines(process: psutil.Process) -> list[list[psutil.Process]]:
     return [keeper.children(recursive=True) for keeper in process.children()]
 
 
-async def load(
-    url: str, prompts: Sequence[str], workers: int, stop: asyncio.Event, began: float
-) -> list[Ended]:
-    """Requests without a pause from so many clients, every other one streamed."""
-    ended: list[Ended] = []
+@dataclass
+class Load:
+    """What clients do, and how it ended for them. streaming: requests whose stream has begun."""
+
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    began: float = field(default_factory=time.monotonic)
+    streaming: set[int] = field(default_factory=set)
+    ended: list[Ended] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.began
+
+
+async def put_load(url: str, prompts: Sequence[str], workers: int, load: Load) -> None:
+    """Requests without a pause from so many clients, three of four streamed."""
     limits = httpx.Limits(max_connections=workers)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
@@ -91,7 +107,7 @@ async def load(
                 "messages": [{"role": "user", "content": prompts[number % len(prompts)]}],
                 "max_tokens": 48,
                 "ignore_eos": True,
-                "stream": number % 2 == 1,
+                "stream": number % 4 != 0,
             }
             sent, first = time.monotonic(), 0.0
             text = ""
@@ -100,6 +116,8 @@ async def load(
                     async for piece in answer.aiter_text():
                         first = first or time.monotonic() - sent
                         text += piece
+                        if body["stream"]:
+                            load.streaming.add(number)
                 what = "answered" if answer.status_code == 200 else "refused"
                 if what == "refused":
                     sys.stderr.write(f"{answer.status_code}: {text[:300]}\n")
@@ -108,40 +126,60 @@ async def load(
             except httpx.HTTPError as error:
                 sys.stderr.write(f"{error!r}\n")
                 what = "lost"
-            now = time.monotonic()
-            ended.append(Ended(now - began, what, first, now - sent))
+            load.streaming.discard(number)
+            load.ended.append(Ended(load.seconds, what, first, time.monotonic() - sent))
 
         async def worker(number: int) -> None:
-            while not stop.is_set():
+            while not load.stop.is_set():
                 await one(number)
                 number += workers + 1
 
         await asyncio.gather(*(worker(number) for number in range(workers)))
-    return ended
+
+
+async def wait_until_full(url: str, load: Load) -> list[float]:
+    """Until the first server holds several requests, and a stream that has begun is one of them:
+    more have begun than the other server holds requests. Returns the requests of each.
+    """
+    until = time.monotonic() + FILLS_WITHIN_S
+    while time.monotonic() < until:
+        on_each = [
+            await _metric(url, "mergeroute_replica_requests{", replica=name)
+            for name in ("vllm-0", "vllm-1")
+        ]
+        if on_each[0] >= _FULL and len(load.streaming) > on_each[1]:
+            return on_each
+        await asyncio.sleep(0.1)
+    raise SystemExit(f"the first server never held {_FULL} requests and a stream of which we know")
 
 
 async def run(url: str, process: psutil.Process, arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, a kill, and load until both servers work again, and as long as before."""
     lines = (ROOT / "examples" / "zoo" / "test.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
-    stop, began = asyncio.Event(), time.monotonic()
-    loading = asyncio.create_task(load(url, prompts, arguments.workers, stop, began))
+    load = Load()
+    loading = asyncio.create_task(put_load(url, prompts, arguments.workers, load))
     await asyncio.sleep(arguments.seconds)
     victim = engines(process)[0][-1]
-    names = ("vllm-0", "vllm-1")  # the first is killed
-    running = [await _metric(url, "mergeroute_replica_requests{", replica=n) for n in names]
-    at_s = round(time.monotonic() - began, 2)
-    killed: dict[str, Any] = {"name": victim.name(), "at_s": at_s, "requests_on_each": running}
+    name = victim.name()
+    on_each = await wait_until_full(url, load)
     victim.kill()
+    killed: dict[str, Any] = {
+        "name": name,
+        "at_s": round(load.seconds, 2),
+        "requests_on_each": on_each,
+        "streams_that_had_begun": len(load.streaming),
+    }
     while await _metric(url, "mergeroute_replica_restarts_total{") < 1 or await _ready(url) < 2:
-        if time.monotonic() - began > RECOVERS_WITHIN_S:
+        if load.seconds > RECOVERS_WITHIN_S:
             raise SystemExit("it did not recover")
         await asyncio.sleep(0.5)
-    back_at = time.monotonic() - began
+    back_at = load.seconds
     await asyncio.sleep(arguments.seconds)
-    whole = time.monotonic() - began
-    stop.set()
-    ended = await loading
+    whole = load.seconds
+    load.stop.set()
+    await loading
+    ended = load.ended
     phases = {
         "before": (0.0, killed["at_s"]),
         "one server": (killed["at_s"], back_at),
@@ -193,9 +231,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         with gateway(arguments.bank, Path(folder)) as (url, process):
-            families = engines(process)
+            started = set(process.children(recursive=True))
             found = asyncio.run(run(url, process, arguments))
-        left = [p.pid for family in families for p in family if p.is_running()]
+            started |= set(process.children(recursive=True))  # those that took the place of others
+        left = [one.pid for one in started if one.is_running()]
     command = f"python -m benchmarks.vllm_replicas --workers {arguments.workers}"
     command += f" --seconds {arguments.seconds:g}"
     document = {"command": command, **describe_machine(), **found, "processes_left": len(left)}

@@ -49,7 +49,9 @@ class Breaker:
         self.reset()
 
     def leave(self) -> None:
-        """The request was given up, which tells nothing of the replica."""
+        """The request was given up, or its answer has begun: nothing is known, but the trial is
+        over.
+        """
         self._is_tried = False
 
     def fail(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
@@ -25,7 +26,7 @@ from ...adapters.errors import (
     ModuleUnavailableError,
 )
 from .affinity import Affinity
-from .blends import lora_name
+from .blends import lora_name, module_key
 from .events import data_of
 from .refusals import Refusal
 from .replicas import Lease, Replica, ReplicaLostError, Replicas
@@ -34,6 +35,7 @@ _MOST_DELIVERIES = 2
 _MOST_BYTES = 256 << 20
 _DONE = b"[DONE]"
 _BACKBONE = "backbone"
+_BLEND = re.compile(r"blend:\S*")
 
 Document = dict[str, Any]
 
@@ -130,6 +132,7 @@ class Reply:
             while chunk is not None:
                 yield chunk
                 chunk = await self._next(self._patience.next_s)
+            self._replicas.succeeded(self._lease)
         except _Refused as refused:
             if refused.refusal.is_of_the_server:  # else any client could have it put to rest
                 self._replicas.failed(self._lease)
@@ -166,7 +169,10 @@ class Reply:
         """
         try:
             await self._send()
-            self._replicas.succeeded(self._lease)
+            if self.document is None:
+                self._replicas.began(self._lease)
+            else:
+                self._replicas.succeeded(self._lease)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             self._replicas.failed(self._lease)
             raise _not_there(self.replica, was_accepted=False) from error
@@ -202,6 +208,8 @@ class Reply:
         if not call.streams:
             content = await self._lease.wait(_whole(self._response), call.within(patience.whole_s))
             self.document = _parsed(content)
+            if not self.document["choices"]:
+                raise EngineError("the vLLM server sent an answer without choices")
             return
         self._events = data_of(self._response.aiter_bytes())
         self._first = await self._next(patience.first_s)
@@ -227,7 +235,10 @@ class Reply:
 
     def _refused(self, refusal: Refusal) -> None:
         if refusal.is_of_a_module and self._call.blend:
-            self._replicas.lacks(self.replica, tuple(self._call.blend), refusal.message)
+            asked = tuple(self._call.blend)
+            told = _BLEND.sub("", refusal.message)  # which names them all
+            named = [module for module in asked if module_key(module) in told]
+            self._replicas.lacks(self.replica, named or asked, refusal.message)
             raise _Elsewhere(refusal.error, was_accepted=False)
         if refusal.is_of_the_request:
             self._replicas.succeeded(self._lease)

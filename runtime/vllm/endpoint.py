@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import threading
@@ -16,24 +17,42 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from ...adapters.errors import EngineError
+
 _CONNECT_S = 5.0
 _KEPT_S = 2.0
 """For an idle connection: less than the 5 s after which vLLM closes it from its side."""
 
 _CLOSING_S = 2.0
+_MOST_SOCKET_BYTES = 107
+"""Of a Unix socket's path. Source: unix(7), sun_path, without the zero at its end."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """A server's address. socket: a Unix socket that it listens on; None: TCP.
 
-    name: what logs and metrics call it. api_key: what it lets in.
+    name: what clients and metrics see of it. api_key: what it lets in.
+
+    Raises:
+        EngineError: no socket can have such a long path.
     """
 
     name: str
     url: str
     socket: Path | None = None
     api_key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.socket and (size := len(os.fsencode(self.socket))) > _MOST_SOCKET_BYTES:
+            raise EngineError(
+                f"the socket's path {self.socket} is {size} bytes, the limit is "
+                f"{_MOST_SOCKET_BYTES}: set TMPDIR to a folder with a shorter path"
+            )
+
+    def __str__(self) -> str:
+        """For logs: with the URL, where it is somebody's."""
+        return self.name if self.socket else f"{self.name} at {self.url}"
 
     @property
     def _headers(self) -> dict[str, str]:

@@ -86,7 +86,8 @@ class VllmEngine:
         flags = [*("--max-model-len", str(self._context)), *dtype_flags(dtype)]
         flags += plugin.arguments(options.max_concurrency, targets=targets_of(shapes))
         self.replicas = Replicas(make_replicas(servers, folder, path, plugin, flags))
-        self.modules = VllmModules(plugin.store, shapes, self.replicas, itemsize=precision.itemsize)
+        self._store = plugin.store
+        self.modules = VllmModules(self._store, shapes, self.replicas, itemsize=precision.itemsize)
         self._watches = [
             Watch(replica, self.replicas, servers, lambda: self.modules.wanted)
             for replica in self.replicas
@@ -119,6 +120,7 @@ class VllmEngine:
         told_at = 0.0
         while not self._is_up:
             now = time.monotonic()
+            self._forgive(report)
             failures = [watch.failure for watch in self._watches if watch.failure]
             if failures and not self._servers.urls:
                 raise EngineError(failures[0])
@@ -133,6 +135,18 @@ class VllmEngine:
             time.sleep(min(0.1, self._servers.probe_s))
         for state in self.replicas.snapshot():
             report(f"vLLM server {state.name}: {state.state}, {state.modules} modules")
+
+    def _forgive(self, report: Report) -> None:
+        """Under `auto` a server whose blends came out wrong ends and leaves word of it: the watch
+        starts it again, and then it materialises them.
+        """
+        why = self._store.mismatch() if self._servers.mode == "auto" else None
+        for watch in self._watches:
+            if why and watch.failure and watch.replica.restarts < 2:
+                watch.failure = None
+                report(
+                    f"vLLM server {watch.replica.name}: {why}; it is started again, to materialise"
+                )
 
     @property
     def _is_up(self) -> bool:
@@ -281,7 +295,7 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """Counts of answers that have ended, and the load. Steps are the servers' own affair."""
-        slots = self.options.max_concurrency * len(self.replicas)
+        slots = self.options.max_concurrency * max(1, len(self.replicas.ready))
         running = self.replicas.in_flight
         return EngineStats(
             prompt_tokens=self._stats.prompt_tokens,

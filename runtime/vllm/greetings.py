@@ -14,7 +14,7 @@ from .refusals import Refusal
 from .replicas import Served
 
 Health = Literal["well", "ill", "silent"]
-"""ill: it says so, or takes no connection. silent: it does not answer in time."""
+"""ill: it says so, or takes no connection. silent: it does not answer, in time or at all."""
 
 _ANY_TOKEN = 0
 
@@ -23,10 +23,10 @@ def look(client: httpx.Client) -> Health:
     """Whether the server says that its engine works."""
     try:
         return "well" if client.get("/health").status_code == 200 else "ill"
-    except httpx.TimeoutException:
-        return "silent"
-    except httpx.HTTPError:
+    except httpx.ConnectError:
         return "ill"
+    except httpx.HTTPError:  # one look that fails tells little of the streams that run
+        return "silent"
 
 
 def greet(client: httpx.Client) -> Served:
@@ -78,7 +78,13 @@ def _fields(client: httpx.Client) -> dict[str, frozenset[str]]:
     response = client.get("/openapi.json")
     if response.status_code != 200:
         return {}
-    document = response.json()
+    try:
+        return _stated(response.json())
+    except (ValueError, AttributeError, TypeError):  # it is none, or of another form
+        return {}
+
+
+def _stated(document: Any) -> dict[str, frozenset[str]]:  # noqa: ANN401 - any JSON value
     schemas = document.get("components", {}).get("schemas", {})
     found: dict[str, frozenset[str]] = {}
     for path, methods in document.get("paths", {}).items():

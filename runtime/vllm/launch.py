@@ -30,7 +30,7 @@ class PluginOptions:
     rank: the largest rank of a module, one of `RANKS`.
     mode: virtual blends need a vLLM whose inner seams were tested and are checked at the start;
         materialise writes one LoRA a blend, through vLLM's public interface, much slower; auto is
-        virtual where the version was tested, else materialise.
+        virtual, unless the version was not tested or has failed its check on this folder.
 
     Raises:
         EngineError: a value is out of range.

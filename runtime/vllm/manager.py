@@ -18,12 +18,18 @@ import torch
 from torch import Tensor, nn
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.model_executor.layers.linear import LinearBase
 
 from ...adapters.blend import Blend
 from ...adapters.errors import EngineError, ModuleError
 from .blends import VIRTUAL_PATH, read_name
-from .check import check_layers
+from .check import check_layers, vllm_version
+from .conditions import (
+    blended_suffixes,
+    check_experts,
+    check_settings,
+    check_wrapped,
+    linear_suffixes,
+)
 from .launch import PluginOptions
 from .neighbours import Steadiness, swaps
 from .token_weights import expandable
@@ -56,21 +62,40 @@ class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> Any:  # noqa: ANN401
         """Wrap the model's layers, check them, and load what the folder of modules holds."""
         slots = self._options.slots
+        targets = blended_suffixes(
+            self.lora_config.target_modules or linear_suffixes(model),
+            use_mla=vllm_config.model_config.use_mla,
+        )
+        check_experts(model, targets)
         self.lora_config = replace(
             self.lora_config,
+            max_lora_rank=self._options.rank,
             max_loras=slots,
             max_cpu_loras=slots,
-            target_modules=self.lora_config.target_modules or linear_suffixes(model),
+            target_modules=targets,
         )
         wrapped = super().create_lora_manager(model, vllm_config)
+        check_wrapped(self._adapter_manager.modules)
         for layer in self._adapter_manager.modules.values():
             layer.lora_b_stacked = expandable(layer.lora_b_stacked)
         for wrapper in self._adapter_manager.punica_wrapper_mapping.values():
             wrapper.row_of = self._row
-        check_layers(self._adapter_manager)
+        self._check_layers()
         for key in sorted(self._options.store.keys()):
             self._load(key)
         return wrapped
+
+    def _check_layers(self) -> None:
+        try:
+            check_layers(self._adapter_manager)
+        except EngineError as error:
+            if self._options.mode != "auto":
+                raise
+            noted = self._options.store.note_mismatch(vllm_version(), str(error))
+            raise EngineError(
+                f"{error}; the next start materialises blends ({noted} says so: remove it to try "
+                "again)"
+            ) from error
 
     def add_adapter(self, request: LoRARequest) -> bool:
         """Learn a blend; modules that are not there yet are loaded.
@@ -116,8 +141,11 @@ class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM 
         return known
 
     def remove_all_adapters(self) -> None:
-        """Forget all blends; the modules stay."""
+        """Forget all blends; the modules stay. A number may mean another blend from now on, so
+        that the next step's weights are made anew whatever they were.
+        """
         self._blends.clear()
+        self._adapter_manager._last_mapping = None
 
     def list_adapters(self) -> set[int]:
         """The blends known."""
@@ -190,31 +218,3 @@ class BlendLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc] # vLLM 
                 f"module {key} changes {strange[0]!r}, which vLLM does not run as a linear layer "
                 "with LoRA: serve it with the torch engine"
             )
-
-
-def linear_suffixes(model: nn.Module) -> list[str]:
-    """Last parts of the names of a model's linear layers: neither embedding nor head nor fused
-    experts.
-    """
-    names = (name for name, layer in model.named_modules() if isinstance(layer, LinearBase))
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
-def check_settings(vllm_config: Any, options: PluginOptions) -> None:  # noqa: ANN401
-    """Refuse what blends are not served with.
-
-    Raises:
-        EngineError: it names the setting.
-    """
-    lora, parallel = vllm_config.lora_config, vllm_config.parallel_config
-    refused = {
-        "--fully-sharded-loras": lora.fully_sharded_loras,
-        "--enable-tower-connector-lora": lora.enable_tower_connector_lora,
-        "--enable-sleep-mode": vllm_config.model_config.enable_sleep_mode,
-        "--api-server-count above 1": parallel._api_process_count > 1,
-        f"--max-lora-rank {lora.max_lora_rank}, which is not {options.rank}": lora.max_lora_rank
-        != options.rank,
-    }
-    for setting, is_set in refused.items():
-        if is_set:
-            raise EngineError(f"mergeroute: vLLM was started with {setting}: leave it out")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from ...adapters.errors import EngineError, ModuleError
+from ...adapters.errors import EngineError, ModuleError, ModuleUnavailableError
 from ...adapters.lora import Module
 from ...adapters.shapes import Shapes
 from ..footprint import Footprint
@@ -118,17 +118,22 @@ class VllmModules:
         return ReadModule(module, Footprint(max(1, module.rank), frozenset(module.deltas)))
 
     def put(self, read: ReadModule) -> None:
-        """Have all servers serve a module.
+        """Have all servers serve a module; one that is not there now will when it is.
 
         Raises:
             ModuleError: a server cannot; then none does.
+            ModuleUnavailableError: none of those that are ready has loaded it.
         """
         self._store.add(read.module, self._shapes)
         with self._lock:
             self._wanted = (*self._wanted, read.digest)
         try:
-            for replica in self._replicas.ready:
-                self._load(replica, read)
+            faults = [self._load(replica, read) for replica in self._replicas.ready]
+            if faults and None not in faults:
+                raise ModuleUnavailableError(
+                    f"no vLLM server has loaded the module {read.name!r} ({faults[0]}): try again "
+                    "later"
+                )
         except BaseException:
             self.drop(read.digest)
             raise
@@ -148,18 +153,20 @@ class VllmModules:
         """Whether a request runs on a module."""
         return self._replicas.is_used(digest)
 
-    def _load(self, replica: Replica, read: ReadModule) -> None:
-        """On one server. One that does not answer will be told again when it does."""
+    def _load(self, replica: Replica, read: ReadModule) -> str | None:
+        """On one server; why it could not now, if so. It is told again when it can."""
         try:
             with replica.endpoint.client(_LOADING_S) as client:
                 refusal = load(client, read.digest)
-        except EngineError:
-            return
+        except EngineError as error:
+            return str(error)
         if refusal is None:
             self._replicas.serves(replica, read.digest)
-        elif refusal.is_of_a_module:
+            return None
+        if refusal.is_of_a_module:
             key = module_key(read.digest)
             raise ModuleError(
                 f"module {read.name!r} cannot be served by {replica.name}: "
                 f"{refusal.message.replace(key, read.name)}"
             )
+        return refusal.message

@@ -21,8 +21,11 @@ _OURS = {
     "dtype": "use the setting dtype",
     "enable-lora": "it is always set",
     "fully-sharded-loras": "blends need whole factors",
+    "enable-dbo": "blends need whole batches",
     "host": "the server listens on a socket that only this gateway reaches",
+    "lora-dtype": "modules have the backbone's",
     "lora-modules": "modules belong to banks, or are loaded while the server runs",
+    "lora-target-modules": "it is read off the backbone: its inner linear layers",
     "max-cpu-loras": "use module_slots",
     "max-lora-rank": "use module_rank",
     "max-loras": "use the setting max_concurrency",
@@ -31,11 +34,13 @@ _OURS = {
     "middleware": "it would see requests before they are counted",
     "model": "the bank names its backbone",
     "port": "the server listens on a socket that only this gateway reaches",
+    "prefill-context-parallel-size": "blends need whole batches",
     "root-path": "the gateway is what clients see",
     "served-model-name": "the gateway names its targets",
     "ssl-certfile": "the server listens on a socket that only this gateway reaches",
     "ssl-keyfile": "the server listens on a socket that only this gateway reaches",
     "tokenizer": "the backbone's folder holds it",
+    "ubatch-size": "blends need whole batches",
     "uds": "the gateway chooses it",
 }
 """Options of `vllm serve` that are not passed through, with what to do instead."""
@@ -106,8 +111,8 @@ def flag_arguments(flags: Mapping[str, FlagValue]) -> Iterator[str]:
                 f"engine.options names {name!r}, which is no option: write as "
                 "tensor_parallel_size: 2"
             )
-        if flag in _OURS:
-            raise EngineError(f"engine.options may not hold {name!r}: {_OURS[flag]}")
+        if (ours := flag.removeprefix("no-")) in _OURS:
+            raise EngineError(f"engine.options may not hold {name!r}: {_OURS[ours]}")
         if value is None:
             continue
         if isinstance(value, bool):

@@ -50,27 +50,30 @@ class ServerProcess:
             EngineError: the command cannot be started, or its log cannot be written.
         """
         assert self._keeper is None
-        launch = self.launch
-        reading, self._lifeline = os.pipe()
-        folder = str(launch.folder or "")
-        command = [sys.executable, "-I", keeper.__file__, str(reading), str(launch.grace_s), folder]
         try:
-            with launch.log.open("ab") as log:
-                self._keeper = subprocess.Popen(
-                    [*command, *launch.command],
-                    env={**os.environ, **launch.environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(reading,),
-                    start_new_session=True,
-                )
+            reading, self._lifeline = os.pipe()
+            try:
+                self._keeper = self._begin(reading)
+            finally:
+                os.close(reading)
         except OSError as error:
             self._cut()
-            raise EngineError(f"{launch.command[0]} cannot be started: {error}") from error
-        finally:
-            os.close(reading)
+            raise EngineError(f"{self.launch.command[0]} cannot be started: {error}") from error
         self.starts += 1
+
+    def _begin(self, lifeline: int) -> subprocess.Popen[bytes]:
+        launch = self.launch
+        told = (str(lifeline), str(launch.grace_s), str(launch.folder or ""))
+        with launch.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-I", keeper.__file__, *told, *launch.command],
+                env={**os.environ, **launch.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lifeline,),
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int | None:

@@ -74,14 +74,14 @@ class Replica:
 
     @property
     def name(self) -> str:
-        """What logs and metrics call it."""
+        """What clients and metrics see of it."""
         return self.endpoint.name
 
 
 class Lease:
     """A request's place on a replica, in the event loop that took it.
 
-    has_told: whether it showed if the replica works.
+    has_told: whether it showed if the replica works, or else is no trial of it any more.
     """
 
     def __init__(self, replica: Replica) -> None:
@@ -171,8 +171,14 @@ class Replicas:
             replica.breaker.begin()
             return lease
 
+    def began(self, lease: Lease) -> None:
+        """The server began to answer; `succeeded` or `failed` is to follow, if it is seen."""
+        with self._lock:
+            lease.has_told = True
+            lease.replica.breaker.leave()
+
     def succeeded(self, lease: Lease) -> None:
-        """The server answered, if only that the request is at fault."""
+        """The server answered to the end, if only that the request is at fault."""
         with self._lock:
             lease.has_told = True
             lease.replica.breaker.succeed()

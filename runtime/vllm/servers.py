@@ -69,8 +69,10 @@ def make_replicas(
         EngineError: there is no program to start them by.
     """
     if servers.urls:
-        key = servers.api_key
-        return [Replica(Endpoint(url, url.rstrip("/"), api_key=key)) for url in servers.urls]
+        return [
+            Replica(Endpoint(_name(number), url.rstrip("/"), api_key=servers.api_key))
+            for number, url in enumerate(servers.urls)
+        ]
     logs = servers.log_folder or folder
     logs.mkdir(parents=True, exist_ok=True)
     command = [
@@ -89,6 +91,10 @@ def make_replicas(
     ]
 
 
+def _name(number: int) -> str:
+    return f"vllm-{number}"
+
+
 def _replica(
     number: int,
     folder: Path,
@@ -97,7 +103,7 @@ def _replica(
     servers: VllmOptions,
     plugin: PluginOptions,
 ) -> Replica:
-    name = f"vllm-{number}"
+    name = _name(number)
     socket = folder / f"{number}.sock"
     device = {"CUDA_VISIBLE_DEVICES": servers.devices[number]} if servers.devices else {}
     launch = Launch(

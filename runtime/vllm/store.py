@@ -1,6 +1,7 @@
 """ModuleStore: the folder through which vLLM's processes get their modules.
 
-<key>/     a plain float32 PEFT folder per registered module, named by content
+<key>/                  a plain float32 PEFT folder per registered module, named by content
+.mismatch-<version>     why virtual blends did not pass the self-check of a vLLM of this version
 
 The gateway writes, every worker reads. What lies there is never changed, only added and removed, so
 that any number of servers on one folder agree without talking to each other.
@@ -25,6 +26,7 @@ if (
     from ...adapters.shapes import Shapes
 
 _EXPERTS = ".experts."
+_MISMATCH = ".mismatch-"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ class ModuleStore:
         if path.is_dir():
             gone = path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex}"))
             shutil.rmtree(gone, ignore_errors=True)
+
+    def mismatch(self, version: str = "*") -> str | None:
+        """Why blends came out wrong in a vLLM of this version, or of any; None: they never did."""
+        texts = (path.read_text() for path in self.folder.glob(f"{_MISMATCH}{version}"))
+        return next(texts, None)
+
+    def note_mismatch(self, version: str, why: str) -> Path:
+        """Keep it for the next start, which materialises blends under `auto`; returns the file."""
+        path = self.folder / f"{_MISMATCH}{version}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(why)
+        return path
 
     def _check_room(self, module: Module) -> None:
         if module.rank > self.rank:

@@ -72,7 +72,10 @@ class Watch:
                 try:
                     self._look(client)
                 except EngineError as error:
-                    self._tell(f"vLLM server {self.replica.name}: {error}")
+                    self._tell(f"vLLM server {self.replica.endpoint}: {error}")
+                except Exception as error:  # else nobody would look after the server any more
+                    text = f"vLLM server {self.replica.endpoint} cannot be looked at: {error!r}"
+                    self._tell(text, is_strange=True)
                 self._stopping.wait(options.probe_s)
         self._replicas.became(self.replica, "stopped")
         if process:
@@ -100,8 +103,8 @@ class Watch:
             was_ready = self.replica.state == "ready"
             self._replicas.became(self.replica, "lost")
             self._tell(
-                f"vLLM server {self.replica.name} ended with status {status}; its last words, in "
-                f"{process.launch.log}:\n{process.tail()}"
+                f"vLLM server {self.replica.endpoint} ended with status {status}; its last words, "
+                f"in {process.launch.log}:\n{process.tail()}"
             )
             process.end()
             self._pause_s = self._options.probe_s if was_ready else self._longer()
@@ -136,7 +139,8 @@ class Watch:
         missing = [module for module in self._wanted() if module not in self.replica.modules]
         due = [module for module in missing if now >= self._tried.get(module, 0.0)]
         if due:
-            with self.replica.endpoint.client(_LOADING_S) as client:
+            patience_s = min(_LOADING_S, self._options.hung_s)  # it is not looked at meanwhile
+            with self.replica.endpoint.client(patience_s) as client:
                 for module in due:
                     self._tried[module] = now + self._options.again_s
                     self._load(client, module)
@@ -150,32 +154,36 @@ class Watch:
             self._replicas.serves(self.replica, module)
         else:
             self._replicas.lacks(self.replica, [module], refusal.message)
-            logger.error("vLLM server %s lacks a module: %s", self.replica.name, refusal.message)
+            logger.error(
+                "vLLM server %s lacks a module: %s", self.replica.endpoint, refusal.message
+            )
 
     def _is_away(self, health: Health) -> None:
         """It does not answer, or says that it is not well."""
         now, options, process = time.monotonic(), self._options, self.replica.process
         silent_s = now - self._silent_since
         if self.replica.state == "ready" and (health == "ill" or silent_s >= options.silent_s):
-            logger.error("vLLM server %s is %s", self.replica.name, health)
+            logger.error("vLLM server %s is %s", self.replica.endpoint, health)
             self._replicas.became(self.replica, "lost")
         if process is None:
             return
         is_starting = self.replica.state == "starting"
         if is_starting and now - self._began >= options.start_s:
             self._tell(
-                f"vLLM server {self.replica.name} was not ready after {options.start_s:g} s "
+                f"vLLM server {self.replica.endpoint} was not ready after {options.start_s:g} s "
                 f"(engine.start_seconds); its last words:\n{process.tail()}"
             )
             process.end()
             self._start_at = now
         elif not is_starting and silent_s >= options.hung_s:
-            logger.error("vLLM server %s hangs: it is started again", self.replica.name)
+            logger.error("vLLM server %s hangs: it is started again", self.replica.endpoint)
             process.end()
             self._start_at = now
 
-    def _tell(self, text: str) -> None:
-        """Of a server that never was ready it is kept: who started it waits for it."""
+    def _tell(self, text: str, *, is_strange: bool = False) -> None:
+        """Of a server that never was ready it is kept: who started it waits for it. is_strange:
+        the log needs to tell where it comes from.
+        """
         if not self.has_settled.is_set():
             self.failure = text
-        logger.error("%s", text)
+        logger.error("%s", text, exc_info=is_strange)

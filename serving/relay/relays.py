@@ -91,7 +91,11 @@ class Relay:
             raise
 
     def whole(self, progress: Sequence[Progress]) -> Document:
-        """The whole answer. progress: one per choice, brought up to date."""
+        """The whole answer. progress: one per choice, brought up to date.
+
+        Raises:
+            EngineError: a choice is missing, or was not asked for.
+        """
         documents = [reply.document or {} for reply in self._replies]
         choices = [
             _placed(leg, choice)
@@ -101,6 +105,8 @@ class Relay:
         choices.sort(key=lambda choice: choice["index"])
         for choice in choices:
             _follow(progress[choice["index"]], choice, is_whole=True)
+        if missing := sum(one.finish_reason is None for one in progress):
+            raise EngineError(f"the vLLM server left out {missing} of {len(progress)} choices")
         usages = [document.get("usage") for document in documents]
         for leg, used in zip(self._legs, usages, strict=True):
             _account(leg, used, progress)

@@ -53,6 +53,24 @@ class Conforming:
         text: str = make_tokenizer().decode(tokens, skip_special_tokens=True)
         return text
 
+    def work(self) -> tuple[float, float]:
+        """Requests that the engine works on now, and tokens that it ever computed: as the server
+        itself tells, where there is one.
+        """
+        hosted = self.service.hosted[0]
+        if hosted.upstream is None:
+            stats = hosted.engine.stats()
+            return stats.running, stats.generated_tokens
+        (replica,) = hosted.upstream.replicas
+        with replica.endpoint.client(timeout_s=30) as client:
+            lines = client.get("/metrics").text.splitlines()
+        names = ("vllm:num_requests_running", "vllm:generation_tokens_total")
+        running, generated = (
+            sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+            for name in names
+        )
+        return running, generated
+
 
 def _modules(model: Any) -> dict[str, Module]:
     return {

@@ -225,13 +225,15 @@ def test_a_module_comes_and_goes(conforming: Conforming) -> None:
 
 def test_a_client_that_leaves_frees_its_place(conforming: Conforming) -> None:
     body = {"model": "loud", "prompt": "x", "max_tokens": 240, "ignore_eos": True, "stream": True}
+    _, before = conforming.work()
     with httpx.stream("POST", conforming.url + "/v1/completions", json=body, timeout=60) as got:
         next(got.iter_bytes())
     engine = conforming.service.hosted[0].engine
     deadline = time.monotonic() + 20
-    while engine.stats().running:
+    while engine.stats().running or conforming.work()[0]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    assert 1 <= conforming.work()[1] - before < 160  # not what had been asked for
     assert complete(conforming).usage.completion_tokens == 10
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from mergeroute.runtime.vllm.launch import PluginOptions
 from mergeroute.runtime.vllm.options import flag_arguments
@@ -91,6 +93,19 @@ def test_the_gateway_alone_writes_modules_and_reaches_the_servers() -> None:
     (policy,) = objects("NetworkPolicy")
     (rule,) = policy["spec"]["ingress"]
     assert rule["from"] == [{"podSelector": {"matchLabels": {"app": "gateway"}}}]
+
+
+def test_the_servers_image_is_a_tested_vllm_and_this_checkout() -> None:
+    lines = (DEPLOY / "kubernetes" / "vllm.Dockerfile").read_text().splitlines()
+    (image,) = (line.removeprefix("FROM ") for line in lines if line.startswith("FROM "))
+    wanted = [Requirement(text) for text in requires("mergeroute") or ()]
+    tested = next(one.specifier for one in wanted if one.name == "vllm")
+    assert image.rpartition(":")[2].removeprefix("v") in tested
+    assert "COPY . /source" in lines
+    assert any("pip install" in line and "/source" in line for line in lines)
+    told = [*DEPLOY.rglob("*"), *(DEPLOY.parent / "docs").glob("distributed.md")]
+    for file in (file for file in told if file.is_file()):
+        assert "pip install mergeroute" not in file.read_text(), file  # whosever that may be
 
 
 @pytest.mark.vllm

@@ -39,6 +39,7 @@ SEPARATOR = "\u2028"  # a line to Python, not to server-sent events
 @dataclass
 class Fake:
     """What one server does. seen: bodies and headers that came. folder: of modules; None: any.
+    loading: what goes wrong when a module is first asked for, 429 or hang.
     streams: that are open. aborted: those that were left before their end.
     """
 
@@ -48,6 +49,7 @@ class Fake:
     max_length: int = 256
     fault: str = ""
     count: int = 0
+    loading: str = ""
     is_ill: bool = False
     is_silent: bool = False
     is_over: bool = False
@@ -64,6 +66,7 @@ class Fake:
             assert time.monotonic() < deadline, "a stream was left open"
             time.sleep(0.01)
         self.fault, self.count, self.token_s, self.aborted = "", 0, 0.0, 0
+        self.loading = ""
         self.is_ill = self.is_silent = False
         for kept in (self.lacks, self.seen, self.headers):
             kept.clear()
@@ -108,9 +111,14 @@ class Fake:
 
     async def complete(self, request: Request) -> Response:
         body = await request.json()
-        if body.get("max_tokens") != 1 or body.get("prompt") != [0]:  # no module's first look
+        if body.get("max_tokens") != 1 or body.get("prompt") != [0]:
             self.seen.append(body)
             self.headers.append(dict(request.headers))
+        elif body["model"] != self.name:  # a module's first look
+            while self.loading == "hang" and not self.is_over:
+                await asyncio.sleep(0.01)
+            if self.loading.isdigit():
+                return _error(int(self.loading), "told to load nothing")
         if refusal := self.refusal(body):
             return refusal
         fault = self.take_fault() if self.seen and self.seen[-1] is body else ""
@@ -148,7 +156,8 @@ class Fake:
             return _error(404, f"The model `{model}` does not exist: {error}", "model")
         there = set(os.listdir(self.folder)) if self.folder else keys
         if missing := sorted((keys - there) | (keys & self.lacks)):
-            return _error(404, f"modules {missing} are not registered", "model")
+            told = f"{model!r} names modules that are not registered: {', '.join(missing)}"
+            return _error(404, told, "model")
         return None
 
 
@@ -220,7 +229,7 @@ class Answer:
         kind = "chat.completion" if self.is_chat else "text_completion"
         return {
             **self.head(kind),
-            "choices": choices,
+            "choices": {"empty": [], "fewer": choices[:-1]}.get(self.fault, choices),
             "usage": self.usage,
             "kv_transfer_params": None,
         }
@@ -230,7 +239,7 @@ class Answer:
         is_over = False
         self.fake.streams += 1
         try:
-            for place in range(self.count):
+            for place in range(self.count * (self.fault != "empty")):
                 await self.fake.pause(self.fake.token_s)
                 if (broken := self.broken(place)) is not None:
                     yield broken

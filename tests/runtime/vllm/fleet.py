@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mergeroute.adapters.backbone import Backbone
 from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.vllm.calls import Call, Document
 from mergeroute.runtime.vllm.engine import VllmEngine
 from mergeroute.runtime.vllm.options import VllmOptions
 
 from ...tiny import make_model, make_tokenizer
 from .fake import Fake, upstream
 
+_Result = TypeVar("_Result")
 ROOT = Path(__file__).parents[3]
 QUICK: dict[str, Any] = {
     "probe_s": 0.05,
@@ -26,6 +29,11 @@ QUICK: dict[str, Any] = {
     "again_s": 0.2,
     "grace_s": 0.5,
 }
+
+
+PATH = "/v1/completions"
+BODY: dict[str, Any] = {"prompt": "hello", "max_tokens": 6}
+STREAM = {**BODY, "stream": True}
 
 
 def write_backbone(folder: Path) -> Backbone:
@@ -82,3 +90,27 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited for {seconds} seconds"
         time.sleep(0.01)
+
+
+def run(engine: VllmEngine, body: Document, **more: Any) -> Document | list[Document]:
+    """A body's whole answer, or its chunks."""
+
+    async def answered() -> Document | list[Document]:
+        reply = await engine.forward(Call(PATH, body, **more))
+        try:
+            if reply.document is not None:
+                return reply.document
+            return [chunk async for chunk in reply.chunks()]
+        finally:
+            await reply.close()
+
+    return asyncio.run(closing(engine, answered))
+
+
+async def closing(engine: VllmEngine, work: Callable[[], Awaitable[_Result]]) -> _Result:
+    """A loop that ends here closes its connections."""
+    try:
+        return await work()
+    finally:
+        for replica in engine.replicas:
+            await replica.clients.here().aclose()

@@ -56,6 +56,24 @@ def test_one_request_tries_it_and_a_failure_doubles_the_rest() -> None:
     assert not breaker.is_open
 
 
+def test_an_answer_that_has_begun_lets_others_try_and_its_end_tells() -> None:
+    clock = Clock()
+    breaker = broken(clock)
+    clock.now += 1
+    breaker.begin()
+    breaker.leave()  # its first chunk is here
+    assert not breaker.is_open
+    breaker.fail()
+    clock.now += 1.5
+    assert breaker.is_open  # for twice as long
+    clock.now += 0.6
+    breaker.begin()
+    breaker.leave()
+    breaker.succeed()
+    breaker.fail()
+    assert not breaker.is_open
+
+
 def test_no_rest_is_longer_than_half_a_minute() -> None:
     clock = Clock()
     breaker = broken(clock)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,14 @@ def test_another_vllm_is_refused_by_its_version(found: str) -> None:
         check.check_version(found)
 
 
+def install(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says that this vLLM is installed."""
+    info = folder / f"vllm-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
 @pytest.mark.parametrize(
     ("found", "mode", "virtual"),
     [
@@ -93,11 +102,23 @@ def test_another_vllm_is_refused_by_its_version(found: str) -> None:
 def test_auto_materialises_where_the_version_was_not_tested(
     found: str, mode: Mode, virtual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = tmp_path / f"vllm-{found}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, found, monkeypatch)
     assert is_virtual(PluginOptions(tmp_path, mode=mode)) == virtual
+
+
+def test_auto_materialises_after_a_self_check_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "0.32.0", monkeypatch)
+    options = PluginOptions(tmp_path, mode="auto")
+    options.store.note_mismatch("0.32.1", "another vLLM")
+    assert is_virtual(options)
+    noted = options.store.note_mismatch("0.32.0", "blends differ")
+    assert not is_virtual(options)
+    assert is_virtual(replace(options, mode="virtual"))
+    assert options.store.keys() == frozenset()
+    noted.unlink()
+    assert is_virtual(options)
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.0+cpu", "0.33.1"])

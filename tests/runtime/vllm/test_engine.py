@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from mergeroute.adapters.errors import (
     EngineStoppedError,
     ModuleError,
     RequestError,
+    UnsupportedModelError,
 )
+from mergeroute.adapters.smoe.build import MoeTools, build_moe
+from mergeroute.adapters.smoe.recipe import MoeRecipe
 from mergeroute.routers.token_routing import TokenRouting
 from mergeroute.runtime.residency import Residency
 from mergeroute.runtime.types import (
@@ -35,8 +39,10 @@ from mergeroute.runtime.types import (
 )
 from mergeroute.runtime.vllm.calls import Call
 from mergeroute.runtime.vllm.engine import VllmEngine
+from mergeroute.runtime.vllm.launch import Mode
 from mergeroute.runtime.vllm.options import VllmOptions
 
+from ...moe import make_moe, save_moe, usage_of
 from ...tiny import make_model, make_module, make_rich_module
 from .fake import Fake
 from .fleet import QUICK, engine_on, fake_command, make_engine, wait_for, write_backbone
@@ -246,6 +252,32 @@ def test_one_that_cannot_be_started_is_told_with_its_last_words(
     assert not engine.is_running
 
 
+@pytest.mark.parametrize("mode", ["auto", "virtual"])
+def test_where_blends_come_out_wrong_auto_starts_it_again(
+    backbone: Backbone, command: str, mode: Mode, tmp_path: Path
+) -> None:
+    """A server that ends and leaves word of it, as the plugin does."""
+    word = "$MERGEROUTE_VLLM_MODULES/.mismatch-0.32"
+    program = tmp_path / "vllm"
+    program.write_text(
+        f'#!/bin/sh\nif [ -f {word} ]; then exec {command} "$@"; fi\n'
+        f"mkdir -p $MERGEROUTE_VLLM_MODULES; echo blends differ >{word}; exit 1\n"
+    )
+    program.chmod(0o755)
+    engine = make_engine(backbone, VllmOptions(command=str(program), mode=mode, **QUICK))
+    told: list[str] = []
+    try:
+        if mode == "virtual":
+            with pytest.raises(EngineError, match="ended with status 1"):
+                engine.start(told.append)
+            return
+        engine.start(told.append)
+        assert any("blends differ" in line and "to materialise" in line for line in told)
+        assert next(iter(engine.replicas)).restarts == 1
+    finally:
+        engine.stop()
+
+
 def test_one_that_takes_too_long_is_not_waited_for(backbone: Backbone, command: str) -> None:
     servers = VllmOptions(command=command, flags={"start_s": 60}, **{**QUICK, "start_s": 0.5})
     engine = make_engine(backbone, servers)
@@ -258,6 +290,22 @@ def test_one_that_takes_too_long_is_not_waited_for(backbone: Backbone, command: 
 def test_without_vllm_the_remedy_is_told(backbone: Backbone) -> None:
     with pytest.raises(EngineError, match=r"not installed here.*make vllm"):
         make_engine(backbone, VllmOptions(command="no-such-vllm"))
+
+
+def test_a_backbone_of_which_vllm_would_serve_less_is_refused(command: str, tmp_path: Path) -> None:
+    """Merged experts with their own router, which vLLM does not read; the compact form it does."""
+    original = make_moe()
+    save_moe(original, tmp_path / "moe")
+    tools = MoeTools(collect=lambda _: usage_of(original))
+    for router, is_refused in (("exact", True), ("compact", False)):
+        experts = {"method": "m-smoe", "keep": 2, "router": router}
+        recipe = MoeRecipe.model_validate(
+            {"base": str(tmp_path / "moe"), "experts": experts, "calibration": "prompts"}
+        )
+        backbone = build_moe(recipe, tmp_path / router, tools=tools).backbone
+        refusal = pytest.raises(UnsupportedModelError, match=r"vLLM does not read.*--engine torch")
+        with refusal if is_refused else nullcontext():
+            make_engine(backbone, VllmOptions(command=command, **QUICK)).stop()
 
 
 def test_servers_of_others_are_left_alone(backbone: Backbone, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mergeroute.adapters.blend import Blend
 from mergeroute.adapters.smoe.build import MoeTools, build_moe
 from mergeroute.adapters.smoe.recipe import MoeRecipe
 from mergeroute.runtime.options import EngineOptions
+from mergeroute.runtime.vllm.launch import Mode
 from mergeroute.runtime.vllm.options import VllmOptions
 from mergeroute.serving.hosting import Placement, host_banks
 from mergeroute.serving.service import Service
@@ -39,9 +40,12 @@ def compact_bank(family: str, folder: Path) -> Bank:
     return build_moe(recipe, folder / "merged", tools=tools)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("mixtral", "virtual"), ("qwen3_moe", "virtual"), ("mixtral", "materialise")],
+)
 def test_a_compact_bank_and_its_modules_answer_as_transformers_does(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = compact_bank(family, tmp_path).backbone
     model = transformers.AutoModelForCausalLM.from_pretrained(backbone.path, dtype=torch.float32)
@@ -54,7 +58,7 @@ def test_a_compact_bank_and_its_modules_answer_as_transformers_does(
     placement = Placement(
         dtype="float32",
         options=EngineOptions(max_concurrency=4, max_length=128),
-        servers=VllmOptions(flags={"max_num_batched_tokens": 512}, start_s=280),
+        servers=VllmOptions(flags={"max_num_batched_tokens": 512}, start_s=280, mode=mode),
     )
     prompt = make_prompt(12, seed=4)
     answers = {"backbone": Blend({}), "sparse:attending": Blend({"attending": 1.0})}

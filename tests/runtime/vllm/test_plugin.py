@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -36,19 +38,24 @@ def named(blend: Blend, modules: Mapping[str, Module]) -> str:
 
 
 def ask_all(
-    server: VllmServer, asked: Sequence[Asked], modules: Mapping[str, Module]
+    server: VllmServer,
+    asked: Sequence[Asked],
+    modules: Mapping[str, Module],
+    count: int = COUNT,
 ) -> list[list[int]]:
     """All at once: they run in one batch."""
     with ThreadPoolExecutor(len(asked)) as pool:
         running = [
-            pool.submit(server.tokens, named(blend, modules), prompt, COUNT)
+            pool.submit(server.tokens, named(blend, modules), prompt, count)
             for blend, prompt in asked
         ]
         return [one.result() for one in running]
 
 
-def expected(model: Any, asked: Sequence[Asked], modules: Mapping[str, Module]) -> list[list[int]]:
-    return [reference_tokens(model, modules, blend, prompt, COUNT) for blend, prompt in asked]
+def expected(
+    model: Any, asked: Sequence[Asked], modules: Mapping[str, Module], count: int = COUNT
+) -> list[list[int]]:
+    return [reference_tokens(model, modules, blend, prompt, count) for blend, prompt in asked]
 
 
 def random_blends(count: int, *, seed: int) -> list[Blend]:
@@ -60,10 +67,33 @@ def random_blends(count: int, *, seed: int) -> list[Blend]:
     return sorted(found, key=str)
 
 
-def prefix_hits(server: VllmServer) -> float:
-    found = re.search(r"^vllm:prefix_cache_hits_total\S* (\S+)", server.get("/metrics")[1], re.M)
+def told(server: VllmServer, metric: str) -> float:
+    found = re.search(rf"^vllm:{metric}(?:{{.*}})? (\S+)", server.get("/metrics")[1], re.M)
     assert found
     return float(found[1])
+
+
+def prefix_hits(server: VllmServer) -> float:
+    return told(server, "prefix_cache_hits_total")
+
+
+@contextmanager
+def batches(server: VllmServer) -> Iterator[list[float]]:
+    """How many requests ran in one batch, looked at again and again for the length of a block."""
+    found: list[float] = []
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.03):
+            found.append(told(server, "num_requests_running"))
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            yield found
+        finally:
+            is_over.set()
+        watching.result()
 
 
 def test_sixteen_blends_and_base_rows_in_one_batch_are_the_merged_models(
@@ -73,12 +103,17 @@ def test_sixteen_blends_and_base_rows_in_one_batch_are_the_merged_models(
     blends = random_blends(16, seed=1)
     asked = [(blend, (*shared, *make_prompt(5 + k, seed=k))) for k, blend in enumerate(blends)]
     asked += [(Blend(), (*shared, *make_prompt(k, seed=k))) for k in (3, 9, 20)]
-    reference = expected(model, asked, modules)
+    count = 80  # so many that they meet, however they come in
+    reference = expected(model, asked, modules, count)
     hits = prefix_hits(server)
 
-    assert ask_all(server, asked, modules) == reference
+    with batches(server) as sizes:
+        assert ask_all(server, asked, modules, count) == reference
+    assert max(sizes) > 16
     assert prefix_hits(server) - hits <= 2 * 128  # the base rows' own
-    assert ask_all(server, asked, modules) == reference
+    with batches(server) as sizes:
+        assert ask_all(server, asked, modules, count) == reference
+    assert max(sizes) > 16
     assert prefix_hits(server) - hits >= 19 * 128
     assert len({tuple(tokens) for tokens in reference}) > 12  # blends differ in what they say
 

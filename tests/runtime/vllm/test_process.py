@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -140,6 +141,21 @@ def test_what_cannot_be_started_is_told(tmp_path: Path) -> None:
     assert missing.poll() != 0
     assert "/no/such/vllm" in missing.tail()
     missing.end()
+
+
+def test_where_files_run_out_that_is_told_too(tmp_path: Path) -> None:
+    process = ServerProcess(Launch(["true"], tmp_path / "log"))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest_free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limit[1]))
+    try:
+        with pytest.raises(EngineError, match=r"true cannot be started: .*Too many open files"):
+            process.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    process.start()
+    wait_for(lambda: process.poll() == 0)
+    process.end()
 
 
 def test_the_environment_is_added_to(tmp_path: Path) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from mergeroute.adapters.digest import short
@@ -220,59 +217,6 @@ def test_prompts_with_different_blends_are_several_calls_and_one_answer(
     assert "; " in response.headers["x-mergeroute-blend"]
 
 
-@pytest.mark.parametrize(
-    ("fault", "status", "code"),
-    [
-        ("500", 500, "engine_failed"),
-        ("503", 503, "not_ready"),
-        ("429", 429, "queue_full"),
-        ("html", 500, "engine_failed"),
-        ("hang", 504, "timeout"),
-        ("too long", 400, "context_length_exceeded"),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_faults_of_servers_in_our_words(
-    gateway: Gateway, fault: str, status: int, code: str, stream: bool
-) -> None:
-    for fake in gateway.fakes:
-        fake.fault, fake.count = fault, 99
-    response = gateway.post("/v1/completions", model="upper", prompt="x", stream=stream)
-    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
-    assert ("retry-after" in response.headers) == (status in (429, 503))
-    gateway.reset()
-    assert gateway.post("/v1/completions", model="upper", prompt="x").status_code == 200
-
-
-@pytest.mark.parametrize(
-    "fault", ["break", "garbage", "error event", "end early", "choices", "usage", "stranger"]
-)
-def test_what_goes_wrong_amid_a_stream_is_an_error_event(gateway: Gateway, fault: str) -> None:
-    for fake in gateway.fakes:
-        fake.fault, fake.count = fault, 1
-    response = gateway.post("/v1/completions", model="upper", prompt="x", stream=True)
-    assert response.status_code == 200
-    *_, event = response.text.strip().split("\n\n")
-    assert event.startswith("event: error\ndata: ")
-    assert json.loads(event.split("data: ")[1])["error"]["code"] == "engine_failed"
-    assert "[DONE]" not in response.text
-    for fake in gateway.fakes:
-        fake.count = 1
-    with pytest.raises(openai.APIError):
-        list(gateway.openai_client.completions.create(model="upper", prompt="x", stream=True))
-
-
-def test_no_error_shows_what_servers_call_a_blend(gateway: Gateway) -> None:
-    for fake in gateway.fakes:
-        fake.lacks.add(gateway.key("upper"))
-    response = gateway.post("/v1/completions", model="upper", prompt="x")
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "module_unavailable"
-    assert gateway.post("/v1/completions", model="digit", prompt="x").status_code == 200
-    gateway.reset()
-    wait_for(lambda: gateway.post("/v1/completions", model="upper", prompt="x").status_code == 200)
-
-
 def test_an_unknown_module_is_404_and_reaches_no_server(gateway: Gateway) -> None:
     for model in ("nobody", "blend:nobody=1"):
         response = gateway.post("/v1/completions", model=model, prompt="x")
@@ -358,51 +302,6 @@ def test_modules_come_and_go_while_requests_run(gateway: Gateway, loras: Path) -
     assert gateway.post("/v1/completions", model="upper", prompt="x").status_code == 200
 
 
-def test_a_module_that_a_server_cannot_load_is_refused(gateway: Gateway, loras: Path) -> None:
-    key = gateway.key("digit")
-    assert gateway.post("/v1/unload_lora_adapter", lora_name="digit").status_code in (200, 409)
-    gateway.fakes[1].lacks.add(key)
-    load = {"lora_name": "again", "lora_path": str(loras / "digit")}
-    response = gateway.post("/v1/load_lora_adapter", **load)
-    listed = {e["name"] for e in gateway.get("/v1/modules").json()["data"]}
-    if response.status_code != 200:
-        assert "again" in response.text
-        assert "again" not in listed
-    gateway.fakes[1].lacks.clear()
-
-
-def test_many_at_once_while_a_server_goes_ill(gateway: Gateway) -> None:
-    """No request is lost: those on the ill server are asked of the other."""
-    for fake in gateway.fakes:
-        fake.token_s = 0.01
-    stop = threading.Event()
-
-    def ask(number: int) -> list[int]:
-        codes = []
-        while not stop.is_set():
-            body = {"model": "upper", "prompt": f"x{number}", "max_tokens": 5}
-            codes.append(gateway.post("/v1/completions", **body).status_code)
-        return codes
-
-    with ThreadPoolExecutor(6) as pool:
-        asking = [pool.submit(ask, number) for number in range(6)]
-        for _ in range(2):
-            gateway.fakes[0].is_ill = True
-            wait_for(lambda: states(gateway) == ["lost", "ready"])
-            gateway.fakes[0].is_ill = False
-            wait_for(lambda: states(gateway) == ["ready", "ready"])
-        stop.set()
-        codes = [code for one in asking for code in one.result()]
-    assert set(codes) == {200}
-    assert len(codes) > 12
-
-
-def states(gateway: Gateway) -> list[str]:
-    engine = gateway.service.hosted[0].upstream
-    assert engine is not None
-    return sorted(state.state for state in engine.states())
-
-
 def test_metrics_tell_of_each_server(gateway: Gateway) -> None:
     lines = gateway.get("/metrics").text.splitlines()
     for name in ("ready", "requests", "restarts_total", "modules"):
@@ -410,15 +309,3 @@ def test_metrics_tell_of_each_server(gateway: Gateway) -> None:
         assert len(found) == 2
         assert all('backbone="tiny"' in line for line in found)
     assert "vllm:num_requests_running" not in gateway.get("/metrics").text
-
-
-def test_readiness_follows_the_servers(gateway: Gateway) -> None:
-    for fake in gateway.fakes:
-        fake.is_ill = True
-    wait_for(lambda: gateway.get("/ready").status_code == 503)
-    response = gateway.post("/v1/completions", model="upper", prompt="x")
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
-    assert gateway.get("/live").status_code == 200
-    for fake in gateway.fakes:
-        fake.is_ill = False
-    wait_for(lambda: gateway.get("/ready").status_code == 200)
