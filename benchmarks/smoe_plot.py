@@ -36,7 +36,7 @@ def plot(entries: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     both[0].set_ylabel("exact match kept, % of the mixture's")
-    both[1].legend(loc="lower center")
+    both[0].legend(loc="lower right")
     figure.suptitle("Merging the experts of the zoo's mixture")
     figure.savefig(file, dpi=130)
     plt.close(figure)
