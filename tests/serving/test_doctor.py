@@ -77,13 +77,13 @@ def test_variants_of_declared_experiments_are_asked_for(bank_path: Path) -> None
         ]
         return {"name": name, "variants": variants}
 
-    documents = [declared("sound", "loud"), declared("gone", "laud")]
+    documents = [declared("sound", "upper"), declared("gone", "uper")]
     findings = list(examine(settings(banks=[str(bank_path)], experiments=documents)))
     sound, gone = told(findings, "experiments")
     assert sound == ("ok", "sound: all variants can answer")
     assert gone[0] == "warning"
     assert gone[1].startswith("gone: the variant 'new' cannot answer: ")
-    assert "'laud'" in gone[1]
+    assert "'uper'" in gone[1]
 
 
 def run(arguments: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> int:
