@@ -26,7 +26,7 @@ serve: $(STAMP)
 	$(BIN)/mergeroute serve $(BANK) --host $(HOST) --port $(PORT)
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # mergekit and FusionBench bring 47 packages, 0.7 GB: only here
 $(PARITY): $(STAMP)
