@@ -17,8 +17,6 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from .token_weights import flat_a, flat_b
 from .wrapper import BlendWrapper
 
-_LIBRARY = torch.library.Library("mergeroute", "FRAGMENT")  # type: ignore[no-untyped-call]
-
 
 class BlendWrapperCUDA(BlendWrapper):
     """y += ((x Aᵀ) * w) B over all slots."""
@@ -56,7 +54,7 @@ class BlendWrapperCUDA(BlendWrapper):
 
         lora_a_stacked, lora_b_stacked: per slice of the output, of all slots.
         """
-        torch.ops.mergeroute.add_blends(
+        torch.ops.vllm.mergeroute_add_blends(
             y,
             x,
             list(lora_a_stacked),
@@ -101,10 +99,6 @@ def _add_blends_fake(
     return
 
 
-direct_register_custom_op(
-    "add_blends",
-    _add_blends,
-    mutates_args=["y"],
-    fake_impl=_add_blends_fake,
-    target_lib=_LIBRARY,
+direct_register_custom_op(  # as one of torch.ops.vllm
+    "mergeroute_add_blends", _add_blends, mutates_args=["y"], fake_impl=_add_blends_fake
 )
