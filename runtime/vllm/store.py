@@ -85,10 +85,10 @@ class ModuleStore:
 
     def note_mismatch(self, version: str, why: str) -> Path:
         """Keep it for the next start, which materialises blends under `auto`; returns the file."""
-        path = self.folder / f"{_MISMATCH}{version}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(why)
-        return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        new = self.folder / f".{uuid.uuid4().hex}"  # workers write at once, and others read
+        new.write_text(why)
+        return new.replace(self.folder / f"{_MISMATCH}{version}")
 
     def _check_room(self, module: Module) -> None:
         if module.rank > self.rank:

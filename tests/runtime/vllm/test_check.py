@@ -117,6 +117,8 @@ def test_auto_materialises_after_a_self_check_that_failed(
     assert not is_virtual(options)
     assert is_virtual(replace(options, mode="virtual"))
     assert options.store.keys() == frozenset()
+    left = sorted(path.name for path in tmp_path.glob(".*"))
+    assert left == [".mismatch-0.32.0", ".mismatch-0.32.1"]
     noted.unlink()
     assert is_virtual(options)
 
